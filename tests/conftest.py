@@ -1,0 +1,102 @@
+"What every test shares: nothing leaves the machine, a hub that runs once, a browser where there is one."
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+for name, value in {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False",
+                    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
+    os.environ.setdefault(name, value)
+
+import pytest  # noqa: E402  (the environment above comes before anything that reads it)
+
+ROOT = Path(__file__).resolve().parent.parent
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+                     "--disable-component-update", "--disable-sync"]
+HUB_START_S = 120  # patience, not the promise
+
+
+@pytest.fixture(scope="session")
+def root():
+    "The repository."
+    return ROOT
+
+
+def free_port():
+    "A port that nobody listens on."
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def no_browser(reason):
+    "Skip, or fail where a browser is required."
+    if os.environ.get("HKUST_REQUIRE_BROWSER") == "1":
+        pytest.fail(f"HKUST_REQUIRE_BROWSER=1, but {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    "A headless Chromium (playwright); tests open pages of their own and close them."
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        no_browser(f"no browser found ({', '.join(BROWSERS)}); `make test` installs one where apt-get can")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        no_browser("playwright is not installed (make install)")
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=executable, args=BROWSER_ARGUMENTS)
+        yield running
+        running.close()
+
+
+class Hub:
+    "A running `hkust-demos demo`."
+
+    def __init__(self, process, url, log, started_s):
+        self.process, self.url, self.log_path, self.started_s = process, url, log, started_s
+
+    @property
+    def log(self):
+        "What the server has printed so far."
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    "The hub in a process of its own, as a user starts it, polled until /health answers."
+    port, log = free_port(), tmp_path_factory.mktemp("hub") / "hub.log"
+    url, begun = f"http://127.0.0.1:{port}", time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, "-c", "import sys; from hkust_demos.cli import main; sys.exit(main())", "demo", "--port", str(port)],
+                                   stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while True:
+            try:
+                with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+                    if answer.status == 200:
+                        break
+            except (urllib.error.URLError, OSError):
+                pass
+            waited = time.monotonic() - begun
+            if process.poll() is not None or waited > HUB_START_S:
+                pytest.fail(f"the hub did not answer on {url}/health after {waited:.0f} s:\n{log.read_text()[-3000:]}", pytrace=False)
+            time.sleep(0.2)
+        yield Hub(process, url, log, time.monotonic() - begun)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()

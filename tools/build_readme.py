@@ -1,0 +1,127 @@
+#!/usr/bin/env python
+"""README.md from nbs/index.ipynb.
+
+    python tools/build_readme.py          run the index notebook, store its outputs, write README.md
+    python tools/build_readme.py --check  write nothing; fail if one of the two is stale
+
+Text cells come as they are, with links turned from nbs/ to the root. Of a code cell comes the code, unless it is
+hidden (`#| hide`), silent (`#| echo: false`: its output only) or exported, and then its output: Markdown as Markdown,
+tables as tables, anything else as text. The index is run afresh, so a changed catalog or a new results/*.csv makes
+the README stale.
+"""
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path, PurePosixPath
+
+from notebook_files import ROOT, code, directives, read_notebook, text
+from run_notebooks import run_in_child
+
+LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s]+)|((?:src|href)=\")([^\"]+)")
+NOTE = "<!-- Made from nbs/index.ipynb by tools/build_readme.py; edit the notebook, then run `make readme`. -->"
+
+
+def rebase(address, folder="nbs"):
+    "A link written in a notebook of this folder, as seen from the root."
+    if re.match(r"[a-z][a-z+.-]*:|#|/", address, re.I):
+        return address
+    target, mark, anchor = address.partition("#")
+    parts = []
+    for part in PurePosixPath(folder, target).parts:
+        if part == "..":
+            if not parts:
+                raise ValueError(f"link {address} leads out of the repository")
+            parts.pop()
+        else:
+            parts.append(part)
+    return "/".join(parts) + mark + anchor
+
+
+def rebase_links(source, folder="nbs"):
+    "Markdown with every relative link turned to the root; code stays as it is."
+    def turn(match):
+        return (match[1] or match[3]) + rebase(match[2] or match[4], folder)
+
+    pieces = re.split(r"(```.*?```|`[^`\n]*`)", source, flags=re.S)
+    return "".join(piece if number % 2 else LINK.sub(turn, piece) for number, piece in enumerate(pieces))
+
+
+def output_markdown(output):
+    "One stored output as Markdown."
+    if output["output_type"] == "error":
+        raise ValueError(f"the index notebook stores an error: {output['ename']}: {output['evalue']}")
+    data = output.get("data", {"text/plain": output.get("text", "")})
+    if "text/markdown" in data:
+        return rebase_links(text(data["text/markdown"])).strip()
+    if any(mime.startswith("image/") for mime in data):
+        raise ValueError("the index notebook draws a picture; show a stored one with ![what it shows](path) instead")
+    return "```\n" + text(data.get("text/plain", "")).rstrip() + "\n```"
+
+
+def readme(notebook):
+    "The README's text from a notebook with outputs."
+    parts = [NOTE]
+    for cell in notebook["cells"]:
+        tags = directives(cell)
+        if cell["cell_type"] == "markdown":
+            parts.append(rebase_links(text(cell["source"])).strip())
+        elif cell["cell_type"] == "code" and not {"hide", "default_exp", "export", "exporti"} & tags.keys():
+            if tags.get("echo", "").lower() != "false" and code(cell).strip():
+                parts.append(f"```python\n{code(cell)}\n```")
+            parts += map(output_markdown, cell.get("outputs", []))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def missing_targets(source, root):
+    "Relative links of the README that lead to no file."
+    plain = re.sub(r"```.*?```|`[^`\n]*`", "", source, flags=re.S)
+    addresses = [match[2] or match[4] for match in LINK.finditer(plain)]
+    local = [a.partition("#")[0] for a in addresses if not re.match(r"[a-z][a-z+.-]*:|#", a, re.I)]
+    return sorted({a for a in local if not (Path(root) / a).exists()})
+
+
+def fresh_index(root):
+    "The index notebook as text, run now, beside the original so that its paths hold."
+    index = Path(root) / "nbs" / "index.ipynb"
+    with tempfile.NamedTemporaryFile(dir=index.parent, prefix=".index-", suffix=".ipynb", delete=False) as file:
+        copy = Path(file.name)
+    try:
+        shutil.copyfile(index, copy)
+        if error := run_in_child(copy, root=root, timeout=300):
+            raise ValueError(f"nbs/index.ipynb does not run: {error}")
+        return read_notebook(copy), copy.read_text(encoding="utf-8")
+    finally:
+        copy.unlink()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if README.md or the index is stale")
+    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    try:
+        notebook, stored = fresh_index(args.root)
+        source = readme(notebook)
+    except ValueError as error:
+        print(f"build_readme: {error}")
+        return 1
+    wanted, stale = {args.root / "nbs" / "index.ipynb": stored, args.root / "README.md": source}, []
+    for path, content in wanted.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != content:
+            stale.append(path.name)
+            if not args.check:
+                path.write_text(content, encoding="utf-8")
+    missing = missing_targets(source, args.root)
+    if missing:
+        print(f"build_readme: README.md links to what is not there: {', '.join(missing)}")
+    if args.check and stale:
+        print(f"build_readme: stale: {', '.join(stale)}; run `make readme`")
+    if not missing and not (args.check and stale):
+        print(f"build_readme: {'up to date' if args.check or not stale else 'wrote ' + ', '.join(stale)}")
+    return 1 if missing or (args.check and stale) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
