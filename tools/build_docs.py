@@ -21,26 +21,31 @@ from notebook_files import ROOT, notebook_paths, read_notebook, text
 SECTIONS = {"": "Start here", "data": "Data", "llm": "Language models", "vision": "Medical images", "federated": "Federated learning",
             "memristor": "Memristors", "apps": "Apps"}
 STYLE = """
-:root{--ink:#1b1f24;--paper:#fff;--soft:#f5f6f8;--line:#d5d9df;--link:#0a5aa6}
-@media(prefers-color-scheme:dark){:root{--ink:#e4e7eb;--paper:#15181c;--soft:#1d2126;--line:#363c44;--link:#7cbcf5}}
-.site{display:grid;grid-template-columns:17rem minmax(0,1fr);background:var(--paper);color:var(--ink);font:16px/1.6 system-ui,sans-serif}
-.site a{color:var(--link)}
-.site-nav{position:sticky;top:0;align-self:start;max-height:100vh;overflow:auto;padding:1.2rem;background:var(--soft);border-right:1px solid var(--line);font-size:.9rem}
-.site-nav summary{font-weight:600;cursor:pointer;padding:.4rem 0}
-.site-nav h2{font-size:.8rem;text-transform:uppercase;letter-spacing:.05em;margin:1rem 0 .3rem}
+:root{--site-ink:#1b1f24;--site-paper:#fff;--site-soft:#f5f6f8;--site-line:#d5d9df;--site-link:#0a5aa6}
+@media(prefers-color-scheme:dark){:root{--site-ink:#e4e7eb;--site-paper:#15181c;--site-soft:#1d2126;--site-line:#363c44;--site-link:#7cbcf5}}
+.site{display:grid;grid-template-columns:17rem minmax(0,1fr);background:var(--site-paper);color:var(--site-ink);font:16px/1.6 system-ui,sans-serif}
+.site a{color:var(--site-link)}
+.site-nav{position:sticky;top:0;align-self:start;max-height:100vh;overflow:auto;padding:1.2rem;background:var(--site-soft);border-right:1px solid var(--site-line);font-size:.9rem}
+.site-nav details{border:0;padding:0;margin:0}
+.site-nav summary{color:var(--site-ink);font-weight:600;cursor:pointer;padding:.4rem 0}
+.site-nav h2{color:var(--site-ink);font-size:.8rem;text-transform:uppercase;letter-spacing:.05em;margin:1rem 0 .3rem}
 .site-nav ol{list-style:none;margin:0;padding:0}
 .site-nav li{margin:.2rem 0}
-.site-nav [aria-current]{font-weight:700;color:var(--ink);text-decoration:none}
-.site-page{padding:1.2rem 2rem 4rem;max-width:58rem;min-width:0}
+.site-nav [aria-current]{font-weight:700;color:var(--site-ink);text-decoration:none}
+.site-page{box-sizing:border-box;width:100%;margin:0;padding:1.2rem 2rem 4rem;max-width:58rem;min-width:0}
+.site-page code{overflow-wrap:anywhere}
+.site-page math{max-width:100%;overflow-x:auto}
+.site-page pre code{overflow-wrap:normal}
+.site-to-nav{display:none}
 .site-page img,.site-page svg{max-width:100%;height:auto}
 .site-page img{background:#fff}
-.site-page pre{overflow:auto;background:var(--soft);border:1px solid var(--line);border-radius:4px;padding:.6rem}
+.site-page pre{overflow:auto;background:var(--site-soft);border:1px solid var(--site-line);border-radius:4px;padding:.6rem}
 .site-page table{border-collapse:collapse;display:block;overflow-x:auto}
-.site-page th,.site-page td{border:1px solid var(--line);padding:.25rem .6rem;text-align:left}
-.site-page blockquote{margin:1rem 0;padding:.1rem 1rem;border-left:4px solid var(--line)}
-.site-turn{display:flex;justify-content:space-between;gap:1rem;margin-top:3rem;padding-top:1rem;border-top:1px solid var(--line)}
+.site-page th,.site-page td{border:1px solid var(--site-line);padding:.25rem .6rem;text-align:left}
+.site-page blockquote{margin:1rem 0;padding:.1rem 1rem;border-left:4px solid var(--site-line)}
+.site-turn{display:flex;justify-content:space-between;gap:1rem;margin-top:3rem;padding-top:1rem;border-top:1px solid var(--site-line)}
 body{margin:0}
-@media(max-width:52rem){.site{grid-template-columns:minmax(0,1fr)}.site-nav{position:static;max-height:none;border-right:0;border-bottom:1px solid var(--line)}.site-page{padding:1rem}}
+@media(max-width:52rem){.site{grid-template-columns:minmax(0,1fr)}.site-to-nav{display:block}.site-nav{order:2;position:static;max-height:none;border-right:0;border-top:1px solid var(--site-line)}.site-page{padding:1rem}}
 """
 
 
@@ -164,10 +169,11 @@ def wrap(body, styles, place, pages):
 </head>
 <body>
 <div class="site">
-<nav class="site-nav" aria-label="All pages"><details open><summary>hkust-demos</summary>
+<nav class="site-nav" id="all-pages" aria-label="All pages"><details open><summary>hkust-demos</summary>
 {navigation(pages, place)}
 </details></nav>
 <main class="site-page">
+<a class="site-to-nav" href="#all-pages">All pages</a>
 {body}
 <div class="site-turn">{turn}</div>
 </main>

@@ -69,6 +69,19 @@ def metric_root(
     return (root * scale.sqrt()).to(cov.dtype)
 
 # %% ../../nbs/llm/10_eora.ipynb #8d5b8dc7
+def _top_directions(
+    gram: Tensor,  # (n, n) symmetric
+    rank: int,
+) -> tuple[Tensor, Tensor]:  # eigenvectors (n, rank), all eigenvalues descending
+    "Leading eigenvectors, in float64 where single precision cannot separate the cut."
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    if rank < len(gram):
+        gap = eigenvalues[-rank] - eigenvalues[-rank - 1]
+        if eigenvalues[-1] > 2e4 * gap:
+            eigenvalues, vectors = (part.to(gram.dtype) for part in torch.linalg.eigh(gram.double()))
+    return vectors.flip(1)[:, :rank], eigenvalues.flip(0).clamp(min=0)
+
+# %% ../../nbs/llm/10_eora.ipynb #67ee4991
 def _output_directions(
     delta: Tensor,  # (o, d), scaled to order one
     cov: Tensor,  # (d, d), or (d,) for a diagonal one
@@ -76,20 +89,17 @@ def _output_directions(
     root: Tensor | None = None,  # `metric_root(cov)` if it is at hand
 ) -> tuple[Tensor, Tensor]:  # U (o, rank), spectrum (min(o, d),)
     "Top eigenvectors of D C D^T, through the smaller side."
-    n_out, n_in = delta.shape
-    if n_out <= n_in:
-        eigenvalues, vectors = torch.linalg.eigh((delta @ cov if cov.dim() == 2 else delta * cov) @ delta.T)
-        return vectors.flip(1)[:, :rank], eigenvalues.flip(0).clamp(min=0)
+    is_diagonal = cov.dim() == 1
+    if delta.shape[0] <= delta.shape[1]:
+        return _top_directions((delta * cov if is_diagonal else delta @ cov) @ delta.T, rank)
     gram = delta.T @ delta
-    if cov.dim() == 1:
-        root = cov.sqrt()
-        eigenvalues, vectors = torch.linalg.eigh(root[:, None] * gram * root)
-        inputs = root[:, None] * vectors.flip(1)[:, :rank]
-    else:
-        root = metric_root(cov) if root is None else root
-        eigenvalues, vectors = torch.linalg.eigh(root.T @ gram @ root)
-        inputs = root @ vectors.flip(1)[:, :rank]
-    return torch.linalg.qr(delta @ inputs).Q, eigenvalues.flip(0).clamp(min=0)
+    if is_diagonal:
+        scale = cov.sqrt()
+        vectors, spectrum = _top_directions(scale[:, None] * gram * scale, rank)
+        return torch.linalg.qr(delta @ (scale[:, None] * vectors)).Q, spectrum
+    root = metric_root(cov) if root is None else root
+    vectors, spectrum = _top_directions(root.T @ gram @ root, rank)
+    return torch.linalg.qr(delta @ (root @ vectors)).Q, spectrum
 
 # %% ../../nbs/llm/10_eora.ipynb #ac80791c
 METHODS = ("eora", "svd", "act", "rms", "eora-reference")

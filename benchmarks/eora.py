@@ -1,0 +1,113 @@
+"""EoRA's costs, each beside what it replaces, in one run.
+
+    python benchmarks/eora.py [--rank 128] [--out results/benchmark_eora.json]
+
+1. All linear layers of SmolLM2-135M, Wanda 2:4: our solve against the published arithmetic (float64 eigendecomposition of C, SVD of the
+   projected error, inverse; layer by layer, dense diagonal products as released) on the same matrices.
+2. Input statistics with shared inputs against one matrix a layer.
+3. Compression of stacked layers against one sweep a layer (GPTQ, first blocks).
+4. Peak memory of the default run of the app: statistics, compression, paths, perplexity.
+"""
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+from hkust_demos.data.text import demo_corpora
+from hkust_demos.llm.calibration import collect_input_statistics
+from hkust_demos.llm.compress import Compressor, compress_model
+from hkust_demos.llm.eora import linear_layers, low_rank_path, solve_paths
+from hkust_demos.llm.eora_apply import Recipe, run_recipe
+from hkust_demos.llm.models import load_llm
+
+
+def timed(action):
+    "(seconds, result) of a call."
+    begun = time.perf_counter()
+    result = action()
+    return time.perf_counter() - begun, result
+
+
+def peak_gb() -> float:
+    "Largest memory of this process so far, in GB."
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def fair(cov: torch.Tensor) -> torch.Tensor:
+    "A second moment that the published form can invert: its diagonal is raised by a millionth of the mean."
+    return cov + 1e-6 * cov.diagonal().mean() * torch.eye(len(cov))
+
+
+def solves(model, statistics, rank: int) -> dict:
+    "Our solve of the whole model against the published arithmetic."
+    compressed = compress_model(model, statistics, Compressor(sparsity="2:4", pruning="wanda"))
+    for one in {id(s): s for s in statistics.values()}.values():
+        one._outer = fair(one._outer)
+    layers, reference = linear_layers(model), {}
+    solve_paths(model, compressed, {n: statistics[n] for n in list(layers)[:7]}, rank)
+    ours_s, ours = timed(lambda: solve_paths(model, compressed, statistics, rank))
+    published_s, worst = 0.0, 0.0
+    for name, layer in layers.items():
+        delta, cov = layer.weight - compressed.get_submodule(name).weight, statistics[name].second_moment
+        seconds, reference = timed(lambda: low_rank_path(delta, min(rank, *delta.shape), "eora-reference", cov))
+        published_s += seconds
+        difference = (reference.product() - ours[name].product()).norm() / reference.product().norm()
+        worst = max(worst, difference.item())
+    again_s, _ = timed(lambda: solve_paths(model, compressed, statistics, rank))
+    ours_s = (ours_s + again_s) / 2
+    return {"layers": len(layers), "rank": rank, "published_s": published_s, "ours_s": ours_s, "speed_up": published_s / ours_s,
+            "largest_relative_difference": worst}
+
+
+def main() -> None:
+    "Run all, print ratios, store them."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=Path("results/benchmark_eora.json"))
+    args = parser.parse_args()
+
+    def default_run():
+        for step in run_recipe(Recipe(), methods=("eora", "svd", "act"), extra_ranks=(16,)):
+            result = step.result
+        return result.report["perplexity"]
+
+    run_s, perplexities = timed(default_run)
+    found = {"default_run": {"seconds": run_s, "peak_gb": peak_gb(), "perplexity": perplexities}}
+    print(f"default run: {run_s:.0f} s, peak memory {found['default_run']['peak_gb']:.2f} GB")
+
+    model, tokenizer = load_llm()
+    text = demo_corpora(tokenizer)["python"]["calibration"][:5]
+    collect_input_statistics(model, text[:1])
+    shared_s, statistics = timed(lambda: collect_input_statistics(model, text))
+    alone_s, alone = timed(lambda: collect_input_statistics(model, text, share=False))
+    del alone
+    found["statistics"] = {"one_matrix_a_layer_s": alone_s, "shared_s": shared_s, "ratio": alone_s / shared_s}
+    print(f"statistics: {alone_s:.1f} s one matrix a layer, {shared_s:.1f} s shared: {alone_s / shared_s:.2f}x")
+
+    first = {n: s for n, s in statistics.items() if n.startswith(("model.layers.0.", "model.layers.1."))}
+    recipe = Compressor(bits=3, group_size=64)
+    stacked_s, _ = timed(lambda: compress_model(model, first, recipe))
+    single_s, _ = timed(lambda: compress_model(model, first, lambda weight, one: recipe(weight, one)))
+    found["gptq_two_blocks"] = {"one_sweep_a_layer_s": single_s, "stacked_s": stacked_s, "ratio": single_s / stacked_s}
+    print(f"GPTQ of two blocks: {single_s:.1f} s one sweep a layer, {stacked_s:.1f} s stacked: {single_s / stacked_s:.2f}x")
+
+    found["solve"] = solves(model, statistics, args.rank)
+    s = found["solve"]
+    print(f"solve of {s['layers']} layers at rank {s['rank']}: published {s['published_s']:.1f} s, ours {s['ours_s']:.1f} s: "
+          f"{s['speed_up']:.1f}x, largest relative difference {s['largest_relative_difference']:.1e}")
+    found["peak_gb_of_the_benchmark"] = peak_gb()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"peak memory of the whole benchmark {peak_gb():.2f} GB; written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
