@@ -72,6 +72,8 @@ _FEDERATED = [
             "FedMLP: Federated Multi-Label Medical Image Classification Under Task Heterogeneity",
             "Clients that label different diseases teach each other the missing classes through prototypes and pseudo-labels."),
 ]
+
+# %% ../nbs/00_catalog.ipynb #cf4b3342
 _MEMRISTOR = [
     _method("memristor", "Memristor dynamic network", "memristor/10_dynamic2d", 2024, "arXiv", "https://arxiv.org/abs/2407.08990",
             "Semantic memory-based dynamic neural network using memristive ternary CIM and CAM for 2D and 3D vision",

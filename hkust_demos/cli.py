@@ -22,7 +22,7 @@ def _list(args: argparse.Namespace) -> list[Path]:
         print(f"{method.name:10} {'ready ' if method.ready else 'coming'}  {method.claim}")
     return []
 
-
+# %% ../nbs/03_cli.ipynb #e012546e
 def _study(args: argparse.Namespace) -> list[Path]:
     "Run a study and store it."
     study = importlib.import_module(get_method(args.method).module).study(quick=args.quick)
@@ -44,21 +44,15 @@ def _train(args: argparse.Namespace) -> list[Path]:
         raise ValueError(f"{METHODS[args.method].title} needs no trained weights: nothing to do")
     return module.train()
 
-
+# %% ../nbs/03_cli.ipynb #f22612be
 def _demo(args: argparse.Namespace) -> list[Path]:
     "Serve the hub until interrupted."
     importlib.import_module("hkust_demos.apps.hub").serve(args.host, args.port)
     return []
 
 # %% ../nbs/03_cli.ipynb #8af0b580
-def build_parser(
-    wanted: str | None = None,  # method whose options are needed; its module is imported
-) -> argparse.ArgumentParser:
-    "All commands; options of one method are filled in."
-    options = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser = argparse.ArgumentParser("hkust-demos", description="Ten research methods, from the command line.", **options)
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def _add_house_commands(commands, options: dict) -> None:
+    "list, study, train, prepare and demo."
     commands.add_parser("list", help="the ten methods", **options).set_defaults(call=_list)
     study = commands.add_parser("study", help="run a method's study and store table and picture", **options)
     study.add_argument("method", help="name in the catalog")
@@ -74,28 +68,42 @@ def build_parser(
     demo.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine only")
     demo.add_argument("--port", type=int, default=7860, help="port to listen on")
     demo.set_defaults(call=_demo)
+
+# %% ../nbs/03_cli.ipynb #a013c3d8
+def build_parser(
+    wanted: str | None = None,  # method whose options are needed; its module is imported
+) -> argparse.ArgumentParser:
+    "All commands; options of one method are filled in."
+    options = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser("hkust-demos", description="Ten research methods, from the command line.", **options)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_house_commands(commands, options)
     for name, method in METHODS.items():
         command = commands.add_parser(name, help=method.claim if method.ready else "coming", **options)
+        command.set_defaults(call=lambda args: get_method(args.command))
         if name == wanted and method.ready:
             module = importlib.import_module(method.module)
             module.add_arguments(command)
             command.set_defaults(call=module.run_command)
-        elif not method.ready:
-            command.set_defaults(call=lambda args: get_method(args.command))
     return parser
 
-# %% ../nbs/03_cli.ipynb #a013c3d8
+# %% ../nbs/03_cli.ipynb #122c51cb
+def _call(argv: list[str]) -> None:
+    "Parse, run, print the paths written."
+    args, unknown = build_parser(argv[0] if argv else None).parse_known_args(argv)
+    if unknown and (args.command not in METHODS or METHODS[args.command].ready):
+        raise ValueError(f"unknown option {unknown[0]!r}; see hkust-demos {args.command} --help")
+    for path in args.call(args):
+        print(path)
+
+# %% ../nbs/03_cli.ipynb #5a7ea354
 def main(
     argv: list[str] | None = None,  # None reads the command line
 ) -> int:  # exit code: 0 done, 2 refused, 130 interrupted
     "Run a command; an error is one sentence, HKUST_DEMOS_DEBUG=1 shows where it came from."
-    argv = sys.argv[1:] if argv is None else argv
     try:
-        args, unknown = build_parser(argv[0] if argv else None).parse_known_args(argv)
-        if unknown and (args.command not in METHODS or METHODS[args.command].ready):
-            raise ValueError(f"unknown option {unknown[0]!r}; see hkust-demos {args.command} --help")
-        for path in args.call(args):
-            print(path)
+        _call(sys.argv[1:] if argv is None else argv)
         return 0
     except KeyboardInterrupt:
         print("hkust-demos: stopped", file=sys.stderr)

@@ -84,7 +84,7 @@ def output_folder(
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
-
+# %% ../nbs/04_files.ipynb #ec78a243
 def _check_target(target: Path, force: bool) -> None:
     "Refuse a target that exists, unless it is ours and force is set."
     if not target.exists() and not target.is_symlink():
@@ -94,7 +94,7 @@ def _check_target(target: Path, force: bool) -> None:
     if target.is_symlink() or not (target / MARKER).is_file():
         raise FileExistsError(f"{target.name} was not made by hkust-demos, so --force will not replace it; choose another folder")
 
-
+# %% ../nbs/04_files.ipynb #a1f56001
 def _swap(building: Path, target: Path) -> None:
     "Move the new folder in; the old one goes only after that, and comes back if the move fails."
     if not target.exists():
@@ -134,14 +134,14 @@ def read_text(
         raise ValueError(f"{path.name} {'is a binary file' if text.strip() else 'is empty'}; give UTF-8 text")
     return text
 
-
+# %% ../nbs/04_files.ipynb #66abb603
 def safe_name(
     text: str,  # anything a user typed
 ) -> str:  # letters, digits, dot, dash, underscore; never empty, never hidden
     "A file name that cannot leave its folder."
     return re.sub(r"[^\w.-]+", "-", text).strip(".-")[:80] or "unnamed"
 
-
+# %% ../nbs/04_files.ipynb #5dd5b4d9
 def write_zip(
     folder: str | Path,  # its files, sub-folders included
     path: str | Path,  # the archive to write

@@ -70,9 +70,8 @@ class Study:
 
     def _baselines(self) -> dict[str, str]:
         "Variant -> the variant it is compared with."
-        if isinstance(self.baseline, dict):
-            return self.baseline
-        return {v: self.baseline for v in self.variants if v != self.baseline} if self.baseline else {}
+        one = self.baseline
+        return one if isinstance(one, dict) else {v: one for v in self.variants if one and v != one}
 
     def table(
         self,
@@ -83,31 +82,16 @@ class Study:
         progress: Callable[[str, int, dict], None] | None = None,  # called with (variant, seed, metrics)
     ) -> pd.DataFrame:  # columns variant, seed, quick and the metrics
         "Run what is missing and return one row a variant and seed."
-        seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-        if not seeds:
-            raise ValueError("seeds is empty; give at least one")
-        rows = _read_rows(path, self.metrics, quick)
-        for variant in self.variants:
-            for seed in (s for s in seeds if (variant, s) not in rows):
-                seed_all(seed)
-                found = self.run(variant, seed, quick)
-                rows[variant, seed] = {m: float(found.get(m, float("nan"))) for m in self.metrics}
-                _append_row(path, {"variant": variant, "seed": seed, "quick": int(quick), **rows[variant, seed]})
-                if progress:
-                    progress(variant, seed, rows[variant, seed])
-        wanted = [(v, s) for v in self.variants for s in seeds]
-        return pd.DataFrame([{"variant": v, "seed": s, "quick": quick, **rows[v, s]} for v, s in wanted])
+        return _run_table(self, seeds, quick, path, progress)
 
     def summary(
         self,
         table: pd.DataFrame | None = None,  # from `table`; None runs it
     ) -> pd.DataFrame:  # variant, metric, mean, std, n, baseline, difference, low, high
         "Mean and standard deviation over seeds; paired difference to the baseline with a 95% interval."
-        table, lines = self.table() if table is None else table, []
-        for variant in table.variant.unique():
-            for metric in self.metrics:
-                lines.append({"variant": variant, "metric": metric, **_compare(table, variant, metric, self._baselines().get(variant))})
-        return pd.DataFrame(lines)
+        table, baselines = self.table() if table is None else table, self._baselines()
+        return pd.DataFrame([{"variant": v, "metric": m, **_compare(table, v, m, baselines.get(v))}
+                             for v in table.variant.unique() for m in self.metrics])
 
     def write(
         self,
@@ -118,17 +102,37 @@ class Study:
         progress: Callable[[str, int, dict], None] | None = None,
     ) -> list[Path]:  # files written
         "Run the study (or what is missing of it) and store table, record and picture."
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        started, csv_path = time.time(), folder / f"{self.method}.csv"
-        table = self.table(seeds, quick=quick, path=csv_path, progress=progress)
-        record = _record(self.method, sorted(set(table.seed.tolist())), quick, time.time() - started)
-        paths = [csv_path, folder / f"{self.method}.json"]
-        paths[1].write_text(json.dumps(record, indent=2) + "\n")
-        if self.picture:
-            paths.append(folder / f"{self.method}.png")
-            self.picture(table).savefig(paths[-1], dpi=100, metadata={"Software": None})
-        return paths
+        return _write_study(self, Path(folder), seeds, quick, progress)
+
+# %% ../nbs/01_study.ipynb #144fe0c1
+def _run_table(study: Study, seeds: int | Iterable[int], quick: bool, path, progress) -> pd.DataFrame:
+    "Rows of a study, old ones from the file and missing ones run."
+    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not seeds:
+        raise ValueError("seeds is empty; give at least one")
+    rows = _read_rows(path, study.metrics, quick)
+    for variant in study.variants:
+        for seed in (s for s in seeds if (variant, s) not in rows):
+            seed_all(seed)
+            found = study.run(variant, seed, quick)
+            rows[variant, seed] = {m: float(found.get(m, float("nan"))) for m in study.metrics}
+            _append_row(path, {"variant": variant, "seed": seed, "quick": int(quick), **rows[variant, seed]})
+            if progress:
+                progress(variant, seed, rows[variant, seed])
+    return pd.DataFrame([{"variant": v, "seed": s, "quick": quick, **rows[v, s]} for v in study.variants for s in seeds])
+
+# %% ../nbs/01_study.ipynb #a13dc2da
+def _write_study(study: Study, folder: Path, seeds, quick: bool, progress) -> list[Path]:
+    "Table, record and picture of a study in a folder."
+    folder.mkdir(parents=True, exist_ok=True)
+    started, paths = time.time(), [folder / f"{study.method}.{kind}" for kind in ("csv", "json", "png")]
+    table = study.table(seeds, quick=quick, path=paths[0], progress=progress)
+    record = _record(study.method, sorted(set(table.seed.tolist())), quick, time.time() - started)
+    paths[1].write_text(json.dumps(record, indent=2) + "\n")
+    if study.picture is None:
+        return paths[:2]
+    study.picture(table).savefig(paths[2], dpi=100, metadata={"Software": None})
+    return paths
 
 # %% ../nbs/01_study.ipynb #d6af6cee
 def _read_rows(path: str | Path | None, metrics: list[str], quick: bool) -> dict[tuple[str, int], dict[str, float]]:
@@ -141,7 +145,7 @@ def _read_rows(path: str | Path | None, metrics: list[str], quick: bool) -> dict
         raise ValueError(f"{Path(path).name} holds another study (other metrics or the quick form); move it away first")
     return {(row["variant"], int(row["seed"])): {m: float(row[m]) for m in metrics} for row in frame.to_dict("records")}
 
-
+# %% ../nbs/01_study.ipynb #df095ed5
 def _append_row(path: str | Path | None, row: dict) -> None:
     "Append one row and see it on the disk."
     if path is None:
@@ -155,7 +159,7 @@ def _append_row(path: str | Path | None, row: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-
+# %% ../nbs/01_study.ipynb #c58fc247
 def _compare(table: pd.DataFrame, variant: str, metric: str, baseline: str | None) -> dict:
     "Statistics of one variant and metric."
     values = table[table.variant == variant].set_index("seed")[metric]
@@ -167,7 +171,7 @@ def _compare(table: pd.DataFrame, variant: str, metric: str, baseline: str | Non
         line.update(difference=pairs.mean(), low=low, high=high)
     return line
 
-
+# %% ../nbs/01_study.ipynb #e06f1469
 def _record(method: str, seeds: list[int], quick: bool, seconds: float) -> dict:
     "What made the table: command, date, machine, versions."
     versions = {}

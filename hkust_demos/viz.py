@@ -54,7 +54,7 @@ def house_style(
     with matplotlib.rc_context(settings):
         yield tone
 
-
+# %% ../nbs/02_viz.ipynb #590bc4ca
 def _canvas(title: str, x_label: str, y_label: str, size: tuple[float, float]):
     "A figure with one labelled panel; figures are objects of their own, no global state."
     figure = Figure(figsize=size, layout="constrained")
@@ -62,7 +62,7 @@ def _canvas(title: str, x_label: str, y_label: str, size: tuple[float, float]):
     panel.set(title=title, xlabel=x_label, ylabel=y_label)
     return figure, panel
 
-
+# %% ../nbs/02_viz.ipynb #30d035d2
 def figure_png(
     figure: Figure,
 ) -> bytes:
@@ -161,7 +161,7 @@ def _layout(title: str, x_label: str, y_label: str, dark: bool, **more) -> dict:
                 paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", xaxis=dict(title=x_label, **axis),
                 yaxis=dict(title=y_label, **axis), margin=dict(l=60, r=20, t=50, b=50), legend=dict(orientation="h", y=-0.22), **more)
 
-
+# %% ../nbs/02_viz.ipynb #77018edc
 def interactive_lines(
     series: Mapping[str, tuple[Sequence, Sequence]],  # name -> (x, y)
     *,
@@ -180,8 +180,10 @@ def interactive_lines(
         mode = "lines+markers" if len(x) < 12 else "lines"
         figure.add_scatter(x=np.asarray(x, float).tolist(), y=np.asarray(y, float).tolist(), name=name, mode=mode,
                            line=dict(color=variant_color(name, index), width=2.5))
+    reach = [float(x) for line, _ in series.values() for x in (min(line), max(line))]
     for name, height in (reference or {}).items():
-        figure.add_hline(y=height, line=dict(color=PAPER[dark]["soft"], dash="dash"), annotation_text=f"{name}: {height:.3g}")
+        figure.add_scatter(x=[min(reach), max(reach)], y=[float(height)] * 2, name=f"{name}: {height:.3g}", mode="lines",
+                           line=dict(color=PAPER[dark]["soft"], dash="dash", width=1.5))
     if marker is not None:
         figure.add_vline(x=marker, line=dict(color=COLORS["warn"], dash="dot"))
     figure.update_xaxes(type="log" if log_x else "linear")

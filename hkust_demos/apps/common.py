@@ -8,6 +8,7 @@ __all__ = ['FONTS', 'CSS', 'MEDICAL', 'KNOWN_ERRORS', 'log', 'house_theme', 'mou
 # %% ../../nbs/apps/00_common.ipynb #6eaf16f6
 import os
 
+# %% ../../nbs/apps/00_common.ipynb #f4f45d2d
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 # %% ../../nbs/apps/00_common.ipynb #b9fc2b51
@@ -24,7 +25,7 @@ from ..catalog import METHODS, Method
 # %% ../../nbs/apps/00_common.ipynb #5ea85ffb
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 CSS = """
-.gradio-container {max-width: 1180px !important; margin: 0 auto !important}
+.gradio-container {max-width: 1400px !important; margin: 0 auto !important}
 .house-head h1 {font-size: 1.7rem; margin: 0.2rem 0}
 .house-head p, .house-foot p {margin: 0.2rem 0; line-height: 1.45}
 .house-foot {opacity: 0.8; font-size: 0.88rem}
@@ -64,7 +65,7 @@ def footer(method: Method) -> gr.HTML:
 KNOWN_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)
 log = logging.getLogger("hkust_demos")
 
-
+# %% ../../nbs/apps/00_common.ipynb #e84adba3
 def _sentence(error: Exception) -> gr.Error:
     "The message of an error, for a user."
     if isinstance(error, gr.Error):
@@ -77,7 +78,7 @@ def _sentence(error: Exception) -> gr.Error:
     return gr.Error(f"Something unforeseen happened (number {number} in the server's log). Please try the default settings.",
                     print_exception=False)
 
-
+# %% ../../nbs/apps/00_common.ipynb #01c5cea8
 def user_errors(function: Callable) -> Callable:
     "Turn errors of a Gradio handler into sentences."
     @functools.wraps(function)

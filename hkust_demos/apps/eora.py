@@ -55,21 +55,21 @@ def _spectrum_figure(statistics, name: str):
     return interactive_lines({"inputs": (axis, eigenvalues.clamp(min=1e-9))}, log_x=True, log_y=True, x_label="direction", y_label="energy (mean 1)",
                              title=f"Inputs fill {effective:.0f} of {len(axis)} directions")
 
-
+# %% ../../nbs/apps/10_eora.ipynb #5a9cad8e
 def _curve_figure(result, name: str, rank: int):
     "Output error against rank for one layer."
     curves = _engine().method_curves(result, name)
     series = {LABELS[m]: (list(range(len(c))), c) for m, c in curves.items()}
     return interactive_lines(series, title="Output error left, this layer", x_label="rank", y_label="share left", marker=rank)
 
-
+# %% ../../nbs/apps/10_eora.ipynb #c3978c3e
 def _map_figure(result):
     "What the attached paths leave, all layers."
     shares = {n: _engine().share_left(p) for n, p in result.compensated.paths.items()}
     blocks, kinds, matrix = _engine().layer_grid(shares)
     return interactive_heatmap(matrix, rows=[f"block {b}" for b in blocks], columns=kinds, title="Output error left, all layers", label="share left")
 
-
+# %% ../../nbs/apps/10_eora.ipynb #c647de82
 def _size_figure(result):
     "Perplexity against extra megabytes."
     report, start = result.report["perplexity"], result.report["perplexity"]["compressed"]
@@ -85,10 +85,19 @@ def _words(result, prompt: str) -> tuple[object, str]:
     "Next-token bars and the three continuations."
     groups, text = _engine().compare_prompt(result, prompt)
     figure = interactive_bars(groups, title="The next word", x_label="token", y_label="probability")
-    lines = [f"**{label}** (divergence {kl:.2f} nats): {prompt}**{written}**" for label, (kl, written) in text.items()]
+    lines = [f"{label} ({kl:.2f} nats from the released model): {prompt}{written}" for label, (kl, written) in text.items()]
     return figure, "\n\n".join(lines)
 
 # %% ../../nbs/apps/10_eora.ipynb #d74b1987
+def _pasted_file(pasted: str) -> Path:
+    "Pasted text as a file, so that it takes the way of an upload."
+    if not (pasted or "").strip():
+        raise ValueError("calibration is set to 'pasted text', but the text box is empty: paste some text")
+    path = Path(tempfile.mkdtemp()) / "pasted.txt"
+    path.write_text(pasted, encoding="utf-8")
+    return path
+
+# %% ../../nbs/apps/10_eora.ipynb #b445e24a
 def _recipe(model, pruning, bits, group, rounding, source, upload, field, pasted, tokens, rank, budget):
     "Choices on the page as a recipe of the library."
     if source == "my file":
@@ -96,15 +105,11 @@ def _recipe(model, pruning, bits, group, rounding, source, upload, field, pasted
             raise ValueError("calibration is set to 'my file', but no file was uploaded: add a .txt or .jsonl file")
         source = upload
     elif source == "pasted text":
-        if not (pasted or "").strip():
-            raise ValueError("calibration is set to 'pasted text', but the text box is empty: paste some text")
-        source = Path(tempfile.mkdtemp()) / "pasted.txt"
-        source.write_text(pasted, encoding="utf-8")
-    bits = None if bits == "16 (none)" else int(bits)
+        source = _pasted_file(pasted)
     return _engine().Recipe(
-        str(model).strip(), bits, None if group == "row" else int(group), rounding.lower(), None if pruning == "none" else "2:4",
-        "wanda" if pruning == "none" else pruning.lower(), int(rank), float(budget) if budget else None,
-        str(source).replace("Python reference", "python").replace("element descriptions", "elements"), field or None, int(tokens))
+        str(model).strip(), None if bits == "16 (none)" else int(bits), None if group == "row" else int(group), rounding.lower(),
+        *((None, "wanda") if pruning == "none" else ("2:4", pruning.lower())), int(rank), float(budget) if budget else None,
+        {"Python reference": "python", "element descriptions": "elements"}.get(source, str(source)), field or None, int(tokens))
 
 # %% ../../nbs/apps/10_eora.ipynb #f42f8089
 @user_errors
@@ -114,7 +119,7 @@ def _run(model, pruning, bits, group, rounding, source, upload, field, pasted, t
     recipe, name, shown = _recipe(model, pruning, bits, group, rounding, source, upload, field, pasted, tokens, rank, budget), None, None
     wanted = tuple(m for m in LABELS if LABELS[m] in {*(methods or []), "EoRA"})
     _KEPT.clear()
-    for step in _engine().run_recipe(recipe, methods=wanted, extra_ranks=(max(recipe.rank // 4, 1),)):
+    for step in _engine().run_recipe(recipe, methods=wanted, extra_ranks=(max(recipe.rank // 4, 1),), solve_rank=128):
         progress(step.fraction, desc=step.message)
         figure = gr.skip()
         if step.statistics and shown is None:
@@ -122,11 +127,10 @@ def _run(model, pruning, bits, group, rounding, source, upload, field, pasted, t
             figure = shown = _spectrum_figure(step.statistics, name)
         yield (f"{step.fraction:.0%}: {step.message}", figure, *[gr.skip()] * 7)
     result = step.result
-    figure, text = _words(result, prompt)
     yield (_summary(result), _spectrum_figure(result.statistics, name), _curve_figure(result, name, recipe.rank), _map_figure(result),
-           _size_figure(result), figure, text, gr.Dropdown(choices=list(result.paths["eora"]), value=name), _remember(result))
+           _size_figure(result), *_words(result, prompt), gr.Dropdown(choices=list(result.paths["eora"]), value=name), _remember(result))
 
-
+# %% ../../nbs/apps/10_eora.ipynb #c544ec2d
 def _middle(names) -> str:
     "A layer in the middle of the model, to show first."
     names = list(names)
@@ -151,7 +155,7 @@ def _show_layer(key: str, name: str, rank: int) -> tuple:
         raise ValueError(f"there is no layer {name!r} in this model: pick one from the list")
     return _spectrum_figure(result.statistics, name), _curve_figure(result, name, int(rank))
 
-
+# %% ../../nbs/apps/10_eora.ipynb #aee2b9f8
 @user_errors
 def _set_rank(key: str, name: str, rank: int) -> tuple:
     "Attach another rank: heat map, curve and size follow."
@@ -161,13 +165,13 @@ def _set_rank(key: str, name: str, rank: int) -> tuple:
     size = f"Rank {rank}: {repaired.num_bytes / 1e6:.1f} MB of paths. Perplexities above belong to the run's own ranks."
     return _map_figure(result), _curve_figure(result, name, rank), size
 
-
+# %% ../../nbs/apps/10_eora.ipynb #2d3cb46e
 @user_errors
 def _show_prompt(key: str, prompt: str) -> tuple:
     "Next words of another prompt."
     return _words(_recall(key), prompt)
 
-
+# %% ../../nbs/apps/10_eora.ipynb #c86e8340
 @user_errors
 def _download(key: str) -> tuple:
     "Adapter and report as one archive, at the rank that is attached."
@@ -194,12 +198,27 @@ def _inputs() -> list:
         pasted = gr.Textbox("", lines=4, label="Pasted text")
     tokens = gr.Slider(512, 8192, 2560, step=256, label="Calibration tokens")
     rank = gr.Slider(4, 128, 64, step=4, label="Rank of the paths")
-    budget = gr.Number(None, label="or a budget in megabytes (empty: one rank for all)")
+    budget = gr.Number(0, minimum=0, label="or a budget in megabytes (0: one rank for all layers)")
     methods = gr.CheckboxGroup(["SVD", "ACT-S", "RMS"], value=["SVD", "ACT-S"], label="Compare EoRA with")
-    prompt = gr.Textbox("The capital city of France is", label="Prompt")
+    prompt = gr.Textbox("The for statement is used to iterate over the", label="Prompt")
     return [model, pruning, bits, group, rounding, source, upload, field, pasted, tokens, rank, budget, methods, prompt]
 
+# %% ../../nbs/apps/10_eora.ipynb #2aa30cc3
+def _outputs() -> list:
+    "Widgets of the right column."
+    status = gr.Markdown("Press **Compress and repair**. The default takes about a minute on a laptop.")
+    with gr.Row():
+        sizes, spectrum = gr.Plot(label="Perplexity against megabytes", min_width=310), gr.Plot(label="Inputs of the layer", min_width=310)
+    with gr.Row():
+        heat, curves = gr.Plot(label="All layers", min_width=310), gr.Plot(label="Error against rank", min_width=310)
+    layer = gr.Dropdown([], label="Layer", interactive=True)
+    words, text = gr.Plot(label="Next word"), gr.Textbox(label="The prompt, continued", lines=5, interactive=False)
+    make, size = gr.Button("Make the adapter at the rank of the slider"), gr.Markdown()
+    with gr.Row():
+        archive, report = gr.File(label="PEFT adapter (.zip)", height=90), gr.File(label="Report (.json)", height=90)
+    return [status, sizes, spectrum, heat, curves, layer, words, text, make, size, archive, report]
 
+# %% ../../nbs/apps/10_eora.ipynb #de29de09
 def build() -> gr.Blocks:
     "The app as Gradio blocks."
     method = METHODS["eora"]
@@ -210,17 +229,10 @@ def build() -> gr.Blocks:
             with gr.Column(scale=2, min_width=300):
                 inputs = _inputs()
                 start = gr.Button("Compress and repair", variant="primary")
-            with gr.Column(scale=3, min_width=320):
-                status = gr.Markdown("Press **Compress and repair**. The default takes about a minute on a laptop.")
-                sizes, heat = gr.Plot(label="Perplexity against megabytes"), gr.Plot(label="All layers")
-                layer = gr.Dropdown([], label="Layer", interactive=True)
-                spectrum, curves = gr.Plot(label="Inputs of the layer"), gr.Plot(label="Error against rank")
-                words, text = gr.Plot(label="Next word"), gr.Markdown()
-                with gr.Row():
-                    make, size = gr.Button("Make the adapter"), gr.Markdown()
-                archive, report = gr.File(label="PEFT adapter (.zip)"), gr.File(label="Report (.json)")
+            with gr.Column(scale=5, min_width=320):
+                status, *shown = _outputs()
         footer(method)
-        rank, prompt = inputs[10], inputs[13]
+        (sizes, spectrum, heat, curves, layer, words, text, make, size, archive, report), rank, prompt = shown, inputs[10], inputs[13]
         start.click(_run, inputs, [status, spectrum, curves, heat, sizes, words, text, layer, key], api_name="run")
         layer.input(_show_layer, [key, layer, rank], [spectrum, curves], api_name="layer")
         rank.release(_set_rank, [key, layer, rank], [heat, curves, size], api_name="rank")

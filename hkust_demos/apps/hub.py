@@ -39,7 +39,7 @@ main{max-width:74rem} .lead{font-size:1.15rem;max-width:44rem;color:var(--soft)}
 .go{background:var(--link);color:var(--paper);padding:.15rem .8rem;border-radius:6px;text-decoration:none} a:focus-visible{outline:3px solid #E69F00;outline-offset:2px}
 """
 
-
+# %% ../../nbs/apps/90_hub.ipynb #9fee2e56
 def _picture(name: str) -> str:
     "The gallery picture of a method, or a quiet drawing of its initial."
     if (files("hkust_demos") / "apps" / "gallery" / f"{name}.png").is_file():
@@ -48,7 +48,7 @@ def _picture(name: str) -> str:
             f'<path d="M20 120C90 20 140 130 200 70S280 40 300 30"/><path d="M20 130H300M20 20V130"/></g><text x="160" y="86" '
             f'text-anchor="middle" font-size="26" fill="currentColor" opacity=".55">{METHODS[name].title}</text></svg>')
 
-
+# %% ../../nbs/apps/90_hub.ipynb #5b6ce6c1
 def _card(method: Method) -> str:
     "One card; only a ready method has links into the suite."
     page = method.notebook.removeprefix("nbs/").removesuffix(".ipynb")
@@ -59,7 +59,7 @@ def _card(method: Method) -> str:
     return (f'<article class="card{"" if method.ready else " coming"}" id="{method.name}">{_picture(method.name)}<div><h3>{method.title}</h3>'
             f'<p>{html.escape(method.claim)}</p><p class="links">{"".join(links)}</p></div></article>')
 
-
+# %% ../../nbs/apps/90_hub.ipynb #b9094de2
 def index_page() -> str:
     "The front door."
     groups = "".join(f'<h2>{title}</h2><section class="cards">{"".join(_card(m) for m in METHODS.values() if m.family == family)}</section>'
@@ -74,7 +74,7 @@ def _notebook_names() -> dict[str, Path]:
     return {p.relative_to(NOTEBOOKS).with_suffix("").as_posix(): p for p in sorted(NOTEBOOKS.rglob("*.ipynb"))
             if not any(part.startswith((".", "_")) for part in p.relative_to(NOTEBOOKS).parts)}
 
-
+# %% ../../nbs/apps/90_hub.ipynb #3eb4b246
 def _add_pages(app: FastAPI) -> None:
     "Index, health, pictures and notebooks."
     started = time.time()
@@ -102,7 +102,7 @@ def _add_pages(app: FastAPI) -> None:
         app_link = next((f' · <a href="/{m.name}/">the app</a>' for m in METHODS.values() if m.ready and m.notebook.endswith(f"{name}.ipynb")), "")
         return notebook_page(found, nav=f'<a href="/">all methods</a>{app_link}')
 
-# %% ../../nbs/apps/90_hub.ipynb #3eb4b246
+# %% ../../nbs/apps/90_hub.ipynb #1975a36c
 def build_hub() -> FastAPI:
     "The whole server: pages and every ready app, each with its own waiting line."
     app = FastAPI(title="hkust-demos", docs_url=None, redoc_url=None, openapi_url=None)
@@ -122,14 +122,14 @@ def build_hub() -> FastAPI:
             app = gr.mount_gradio_app(app, blocks, path=f"/{method.name}", **common.mount_settings())
     return app
 
-
+# %% ../../nbs/apps/90_hub.ipynb #60e04f23
 def _warm_up() -> None:
     "Import what the first click will need."
     for method in METHODS.values():
         if method.ready:
             importlib.import_module(method.module)
 
-
+# %% ../../nbs/apps/90_hub.ipynb #4f4867ff
 def serve(
     host: str = "127.0.0.1",  # this machine only
     port: int = 7860,

@@ -31,7 +31,7 @@ def _formula(found: re.Match) -> str:
     except Exception:
         return f"<code>{html.escape(source)}</code>"
 
-
+# %% ../../nbs/apps/01_reader.ipynb #59412fe9
 def markdown_html(
     text: str,  # Markdown with $formulas$
 ) -> str:  # HTML without script
@@ -71,7 +71,7 @@ def _safe_table(source: str) -> str:
     source = re.sub(r"<(style|script)\b.*?</\1>", "", source, flags=re.S | re.I)
     return re.sub(r"<[^>]*>", lambda m: re.sub(r"\s.*(?=>)", "", m[0], flags=re.S) if re.match(_TABLE_TAGS, m[0]) else "", source)
 
-
+# %% ../../nbs/apps/01_reader.ipynb #fb02a838
 def output_html(
     output: dict,  # of a notebook cell
 ) -> str:
@@ -101,7 +101,7 @@ table{border-collapse:collapse;font-size:.92rem} th,td{border-bottom:1px solid v
 math{font-size:1.05em} math[display=block]{overflow-x:auto;margin:1rem 0} nav{font-size:.95rem;padding:.8rem 0;color:var(--soft)}
 """
 
-
+# %% ../../nbs/apps/01_reader.ipynb #f7e995d8
 def page_html(
     title: str,
     body: str,  # HTML
@@ -114,7 +114,7 @@ def page_html(
             f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title><style>{STYLE}{colors}</style></head>'
             f"<body><main><nav>{nav}</nav>{body}</main></body></html>")
 
-
+# %% ../../nbs/apps/01_reader.ipynb #c1bfa37a
 @lru_cache(maxsize=64)
 def _notebook_body(path: str, changed: float) -> tuple[str, str]:
     "(title, HTML) of a notebook; remembered until the file changes."
@@ -128,7 +128,7 @@ def _notebook_body(path: str, changed: float) -> tuple[str, str]:
             parts.append(_code_html(cell.source) + "".join(map(output_html, cell.outputs)))
     return title, "\n".join(parts)
 
-
+# %% ../../nbs/apps/01_reader.ipynb #4bc57511
 def notebook_page(
     path: str | Path,  # .ipynb
     *,

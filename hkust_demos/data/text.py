@@ -57,14 +57,14 @@ def _check_part(part: str) -> None:
     if part not in ("calibration", "evaluation", "all"):
         raise ValueError(f"part is {part!r}; use 'calibration', 'evaluation' or 'all'")
 
-
+# %% ../../nbs/data/00_text.ipynb #637bf946
 def _unseen(paragraphs: list[str], seen: set[str]) -> list[str]:
     "The paragraphs not met before; they are remembered."
     fresh = [p for p in dict.fromkeys(paragraphs) if p not in seen]
     seen.update(fresh)
     return fresh
 
-
+# %% ../../nbs/data/00_text.ipynb #031fc25d
 def python_reference(
     part: str = "all",  # calibration (even topics), evaluation (odd topics) or all
 ) -> Corpus:  # one document a topic
@@ -134,7 +134,7 @@ class MultipleChoice:
     choices: tuple[str, ...]
     answer: int
 
-
+# %% ../../nbs/data/00_text.ipynb #84058d2e
 def _countries(min_population: int) -> list[tuple[str, str, str]]:
     "(country, region, capital) of every usable record, sorted by name."
     folder = carrier_file("countryinfo", "countryinfo/data/france.json").parent

@@ -80,7 +80,7 @@ def export_peft(
     (directory / "base.json").write_text(json.dumps({"base_model": base_model_name, "base_sha256": sha}, indent=2))
     return directory
 
-
+# %% ../../nbs/llm/05_adapters.ipynb #3dab28b0
 def _peft_tensors(paths: dict[str, LowRankPath], ranks: dict[str, int]) -> dict[str, Tensor]:
     "Factors under the names that peft expects."
     tensors = {}
@@ -107,7 +107,7 @@ def load_peft(
         raise ValueError(f"{directory.name} was made for another compressed base; compress the model with the recipe of its report")
     return PeftModel.from_pretrained(model, directory, is_trainable=is_trainable)
 
-
+# %% ../../nbs/llm/05_adapters.ipynb #eb64e06c
 def read_paths(
     directory: str | Path,  # an adapter folder
 ) -> dict[str, LowRankPath]:  # layer name -> path
@@ -134,7 +134,7 @@ def zero_paths(
         start[name] = LowRankPath(torch.zeros_like(path.B), A, torch.zeros(0))
     return start
 
-
+# %% ../../nbs/llm/05_adapters.ipynb #cfef505f
 def finetune(
     model: nn.Module,  # compressed base, left as it was afterwards
     paths: dict[str, LowRankPath],  # the start
@@ -168,7 +168,7 @@ def finetune(
     finally:
         tuned.unload()
 
-# %% ../../nbs/llm/05_adapters.ipynb #cfef505f
+# %% ../../nbs/llm/05_adapters.ipynb #e4bfe2e2
 def _trainable(model: nn.Module, paths: dict[str, LowRankPath]) -> PeftModel:
     "Wrap the base with peft and copy the start into its factors."
     ranks = {name: path.rank for name, path in paths.items() if path.rank}
@@ -182,7 +182,7 @@ def _trainable(model: nn.Module, paths: dict[str, LowRankPath]) -> PeftModel:
         layer.lora_B["default"].weight.data.copy_(paths[name].B)
     return tuned
 
-
+# %% ../../nbs/llm/05_adapters.ipynb #0d30c085
 def _trained_paths(tuned: PeftModel, paths: dict[str, LowRankPath]) -> dict[str, LowRankPath]:
     "Copy trained factors out of peft; layers of rank 0 stay as they were."
     trained = dict(paths)

@@ -9,7 +9,7 @@ __all__ = ['InputStatistics', 'shrink', 'auto_shrinkage', 'linear_layers', 'iter
 # %% ../../nbs/llm/01_calibration.ipynb #5afa4c61
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 # %% ../../nbs/llm/01_calibration.ipynb #4d2b3270
-class InputStatistics:
-    "Sums over the inputs of one linear layer; read `second_moment`, `mean_abs`, `rms`, `n_tokens`."
+class _Sums:
+    "Sums over the inputs of one linear layer: filled by `update`, joined by `merge`."
 
     def __init__(
         self,
@@ -35,22 +35,15 @@ class InputStatistics:
         self,
         inputs: Tensor,  # (..., d)
         attention_mask: Tensor | None = None,  # (...,), rows with 0 are padding
-    ) -> "InputStatistics":  # itself
+    ):  # itself
         "Add a batch of inputs in float32; padding is left out."
-        if inputs.shape[-1] != self.in_features:
-            raise ValueError(f"inputs have {inputs.shape[-1]} features; {self.in_features} are expected")
-        rows = inputs.detach().reshape(-1, self.in_features)
-        if attention_mask is not None:
-            rows = rows[_keep(attention_mask, rows)]
-        rows = rows.to(self._outer)
-        if not torch.isfinite(rows).all():
-            raise ValueError("inputs hold NaN or infinite values")
+        rows = _rows(inputs, attention_mask, self.in_features).to(self._outer)
         self._outer.addmm_(rows.T, rows)
         self._abs += rows.abs().sum(0)
         self.n_tokens += len(rows)
         return self
 
-    def merge(self, other: "InputStatistics") -> "InputStatistics":
+    def merge(self, other: "_Sums"):  # itself
         "Add the sums of another part of the text, in place."
         if other.in_features != self.in_features:
             raise ValueError(f"cannot merge {other.in_features} features into {self.in_features}")
@@ -59,34 +52,26 @@ class InputStatistics:
         self.n_tokens += other.n_tokens
         return self
 
+# %% ../../nbs/llm/01_calibration.ipynb #7005e2f7
+class InputStatistics(_Sums):
+    "Input sums of one layer; read `second_moment`, `mean_abs`, `rms`, `n_tokens`."
+
     def _mean(self, total: Tensor) -> Tensor:
         "Divide a sum by the number of tokens."
         if not self.n_tokens:
             raise ValueError("no token has been seen: call update first")
         return total / self.n_tokens
 
-    @property
-    def second_moment(self) -> Tensor:
-        "(d, d) mean outer product of the inputs, not centered."
-        return self._mean(self._outer)
-
-    @property
-    def mean_abs(self) -> Tensor:
-        "(d,) mean absolute input."
-        return self._mean(self._abs)
-
-    @property
-    def rms(self) -> Tensor:
-        "(d,) root mean square input."
-        return self._mean(self._outer.diagonal()).sqrt()
+    second_moment = property(lambda self: self._mean(self._outer), doc="(d, d) mean outer product of the inputs, not centered.")
+    mean_abs = property(lambda self: self._mean(self._abs), doc="(d,) mean absolute input.")
+    rms = property(lambda self: self._mean(self._outer.diagonal()).sqrt(), doc="(d,) root mean square input.")
 
     def shrunk(
         self,
         alpha: float | str = "auto",  # 0 keeps C, 1 keeps its diagonal; "auto" = `auto_shrinkage`
     ) -> Tensor:  # (d, d)
         "The second moment pulled toward its diagonal: (1 - alpha) C + alpha diag(C)."
-        alpha = auto_shrinkage(self.n_tokens, self.in_features) if alpha == "auto" else alpha
-        return shrink(self.second_moment, alpha)
+        return shrink(self.second_moment, auto_shrinkage(self.n_tokens, self.in_features) if alpha == "auto" else alpha)
 
     def save(self, path: str | Path) -> None:
         "Write the sums as safetensors."
@@ -97,9 +82,19 @@ class InputStatistics:
         "Read sums written by `save`."
         sums = load_file(path)
         statistics = cls(len(sums["abs"]))
-        statistics._outer, statistics._abs = sums["outer"], sums["abs"]
-        statistics.n_tokens = int(sums["n_tokens"])
+        statistics._outer, statistics._abs, statistics.n_tokens = sums["outer"], sums["abs"], int(sums["n_tokens"])
         return statistics
+
+# %% ../../nbs/llm/01_calibration.ipynb #e1cc9814
+def _rows(inputs: Tensor, attention_mask: Tensor | None, in_features: int) -> Tensor:
+    "Inputs as rows (n, d), padding left out; checked."
+    if inputs.shape[-1] != in_features:
+        raise ValueError(f"inputs have {inputs.shape[-1]} features; {in_features} are expected")
+    rows = inputs.detach().reshape(-1, in_features)
+    rows = rows if attention_mask is None else rows[_keep(attention_mask, rows)]
+    if not torch.isfinite(rows).all():
+        raise ValueError("inputs hold NaN or infinite values")
+    return rows
 
 # %% ../../nbs/llm/01_calibration.ipynb #17dcbac2
 def _keep(attention_mask: Tensor, rows: Tensor) -> Tensor:
@@ -186,7 +181,7 @@ class _Watcher:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
 
-
+# %% ../../nbs/llm/01_calibration.ipynb #74bb8633
 @contextmanager
 def watch_inputs(
     layers: dict[str, nn.Linear],  # name -> layer
@@ -220,7 +215,7 @@ def stream_input_statistics(
                 _run(model, batch)
             yield done, len(batches), watcher.found
 
-
+# %% ../../nbs/llm/01_calibration.ipynb #cc42dc8a
 def collect_input_statistics(
     model: nn.Module,  # in evaluation mode
     batches: Tensor | Iterable,  # see `iterate_batches`
@@ -268,11 +263,8 @@ def catch_block_inputs(
     handle = decoder_blocks(model)[1][0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         for batch in iterate_batches(batches):
-            try:
-                with torch.inference_mode():
-                    _run(model, batch)
-            except _Caught:
-                continue
+            with suppress(_Caught), torch.inference_mode():
+                _run(model, batch)
     finally:
         handle.remove()
     return caught

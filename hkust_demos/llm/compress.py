@@ -149,14 +149,12 @@ def _sweep(
     "Fix the columns one after the other and let the rest absorb each error."
     columns, n_in = weight.float().T.contiguous(), weight.shape[1]
     result, group = torch.empty_like(columns), format.group_size or n_in
-    width = group if group <= 128 else 128
+    width = group if group <= 256 else 128
     width = max(width - width % format.m, format.m) if format.n or format.mask is not None else width
-    scale = zero_point = None
     for start in range(0, n_in, width):
         stop = min(start + width, n_in)
         block, inner = columns[start:stop], factor[start:stop, start:stop]
-        errors, pivots = torch.empty_like(block), inner.diagonal()
-        keep = None
+        errors, pivots, keep = torch.empty_like(block), inner.diagonal(), None
         for i in range(stop - start):
             if format.bits and grids is None and (start + i) % group == 0:
                 scale, zero_point = (g.T[0] for g in _grid(_group(columns, start + i, group), format.bits, format.symmetric))
@@ -173,7 +171,7 @@ def _sweep(
             columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return result.T.contiguous().to(weight.dtype)
 
-
+# %% ../../nbs/llm/02_compress.ipynb #671a7426
 def _group(columns: Tensor, start: int, group: int) -> Tensor:
     "The weights of one group, (out, group), from transposed columns."
     return columns[start:start + group].T
@@ -246,61 +244,82 @@ class Compressor:
     damping: float = 0.01  # of GPTQ and SparseGPT
 
     def __post_init__(self):
-        if self.bits is None and self.sparsity is None:
-            raise ValueError("nothing to compress: give bits, sparsity or both")
-        if self.bits is not None and not 1 <= self.bits <= 8:
-            raise ValueError(f"bits is {self.bits}; it must lie between 1 and 8")
-        if self.rounding not in ("gptq", "rtn"):
-            raise ValueError(f"rounding is {self.rounding!r}; use 'gptq' or 'rtn'")
-        if self.pruning not in ("magnitude", "wanda", "sparsegpt"):
-            raise ValueError(f"pruning is {self.pruning!r}; use 'magnitude', 'wanda' or 'sparsegpt'")
-        if self.sparsity is not None:
-            self.pattern
+        _check_compressor(self)
 
     @property
     def pattern(self) -> tuple[int, int] | None:
         "(kept, group) of the sparsity, or None."
-        if self.sparsity is None:
-            return None
-        parts = self.sparsity.split(":")
-        if len(parts) != 2 or not all(p.isdigit() for p in parts) or not 0 < int(parts[0]) < int(parts[1]):
-            raise ValueError(f"sparsity is {self.sparsity!r}; write kept:group, such as '2:4'")
-        return int(parts[0]), int(parts[1])
+        return None if self.sparsity is None else tuple(int(part) for part in self.sparsity.split(":"))
 
     @property
     def title(self) -> str:
         "A name for tables."
-        names = {"gptq": "GPTQ", "rtn": "RTN", "wanda": "Wanda", "magnitude": "magnitude", "sparsegpt": "SparseGPT"}
-        pruned = f"{names[self.pruning]} {self.sparsity}" if self.sparsity else ""
-        rounded = f"{self.bits}-bit" if self.bits else ""
-        if rounded and not (self.pruning == "sparsegpt" and self.sparsity and self.rounding == "gptq"):
-            rounded = f"{names[self.rounding]} {rounded}"
-        if rounded:
-            rounded += f" g{self.group_size}" if self.group_size else " per row"
-        return " + ".join(part for part in (pruned, rounded) if part)
+        return _title(self)
 
     def num_bytes(self, out_features: int, in_features: int) -> float:
         "Bytes of one stored layer: values, positions of the kept ones, 16-bit scale and zero point a group."
-        n = out_features * in_features
-        kept, group = self.pattern or (1, 1)
-        values = n * kept / group * (self.bits or 16) / 8
-        positions = n * kept / group * (group - 1).bit_length() / 8
-        n_groups = out_features * -(-in_features // (self.group_size or in_features)) if self.bits else 0
-        return values + positions + n_groups * (16 + self.bits if self.bits else 0) / 8
+        return _num_bytes(self, out_features, in_features)
 
     def __call__(self, weight: Tensor, statistics: InputStatistics) -> Tensor:
         "Compress one weight."
-        hessian, pattern = statistics.second_moment, self.pattern
-        if pattern and self.pruning == "sparsegpt" and (self.bits is None or self.rounding == "gptq"):
-            return prune_sparsegpt(weight, hessian, *pattern, self.bits, self.damping, group_size=self.group_size)
-        mask = torch.ones_like(weight, dtype=torch.bool)
-        if pattern:
-            pruned = (prune_sparsegpt(weight, hessian, *pattern, damping=self.damping) if self.pruning == "sparsegpt" else
-                      prune_nm(weight, *pattern, weight.abs() * (statistics.rms if self.pruning == "wanda" else 1)))
-            weight, mask = pruned, pruned != 0
-        if self.bits and self.rounding == "gptq":
-            return quantize_gptq(weight, hessian, self.bits, self.group_size, self.damping, mask=mask if pattern else None)
-        return quantize_rtn(weight, self.bits, self.group_size) if self.bits else weight
+        return _compress(self, weight, statistics)
+
+# %% ../../nbs/llm/02_compress.ipynb #46ef45db
+def _check_compressor(recipe: Compressor) -> None:
+    "Refuse a recipe that means nothing."
+    if recipe.bits is None and recipe.sparsity is None:
+        raise ValueError("nothing to compress: give bits, sparsity or both")
+    if recipe.bits is not None and not 1 <= recipe.bits <= 8:
+        raise ValueError(f"bits is {recipe.bits}; it must lie between 1 and 8")
+    if recipe.rounding not in ("gptq", "rtn"):
+        raise ValueError(f"rounding is {recipe.rounding!r}; use 'gptq' or 'rtn'")
+    if recipe.pruning not in ("magnitude", "wanda", "sparsegpt"):
+        raise ValueError(f"pruning is {recipe.pruning!r}; use 'magnitude', 'wanda' or 'sparsegpt'")
+    parts = recipe.sparsity.split(":") if recipe.sparsity is not None else ["1", "2"]
+    if len(parts) != 2 or not all(p.isdigit() for p in parts) or not 0 < int(parts[0]) < int(parts[1]):
+        raise ValueError(f"sparsity is {recipe.sparsity!r}; write kept:group, such as '2:4'")
+
+# %% ../../nbs/llm/02_compress.ipynb #33981ce4
+def _num_bytes(recipe: Compressor, out_features: int, in_features: int) -> float:
+    "Bytes of one layer in the recipe's format."
+    n, (kept, group) = out_features * in_features, recipe.pattern or (1, 1)
+    bits_a_value = (recipe.bits or 16) + (group - 1).bit_length()
+    n_grids = out_features * -(-in_features // (recipe.group_size or in_features)) if recipe.bits else 0
+    return (n * kept / group * bits_a_value + n_grids * (16 + (recipe.bits or 0))) / 8
+
+
+def _title(recipe: Compressor) -> str:
+    "Pruning and rounding in words; one sweep of SparseGPT does both."
+    names = {"gptq": "GPTQ", "rtn": "RTN", "wanda": "Wanda", "magnitude": "magnitude", "sparsegpt": "SparseGPT"}
+    parts = [f"{names[recipe.pruning]} {recipe.sparsity}"] if recipe.sparsity else []
+    if recipe.bits:
+        is_joint = recipe.sparsity and recipe.pruning == "sparsegpt" and recipe.rounding == "gptq"
+        grid = f"{recipe.bits}-bit" + (f" g{recipe.group_size}" if recipe.group_size else " per row")
+        parts.append(grid if is_joint else f"{names[recipe.rounding]} {grid}")
+    return " + ".join(parts)
+
+# %% ../../nbs/llm/02_compress.ipynb #4abf84ef
+def _pruned(recipe: Compressor, weight: Tensor, statistics: InputStatistics) -> Tensor:
+    "The weight with its zeros."
+    if recipe.pattern is None:
+        return weight
+    if recipe.pruning == "sparsegpt":
+        return prune_sparsegpt(weight, statistics.second_moment, *recipe.pattern, damping=recipe.damping)
+    return prune_nm(weight, *recipe.pattern, weight.abs() * (statistics.rms if recipe.pruning == "wanda" else 1))
+
+
+def _compress(recipe: Compressor, weight: Tensor, statistics: InputStatistics) -> Tensor:
+    "Prune, round, or both."
+    hessian, is_gptq = statistics.second_moment, recipe.rounding == "gptq"
+    if recipe.pattern and recipe.bits and is_gptq and recipe.pruning == "sparsegpt":
+        return prune_sparsegpt(weight, hessian, *recipe.pattern, recipe.bits, recipe.damping, group_size=recipe.group_size)
+    pruned = _pruned(recipe, weight, statistics)
+    if not recipe.bits:
+        return pruned
+    if not is_gptq:
+        return quantize_rtn(pruned, recipe.bits, recipe.group_size)
+    mask = pruned != 0 if recipe.pattern else None
+    return quantize_gptq(pruned, hessian, recipe.bits, recipe.group_size, recipe.damping, mask=mask)
 
 # %% ../../nbs/llm/02_compress.ipynb #72ac3bf1
 def stacks(

@@ -14,10 +14,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
 import torch
 from torch import Tensor, nn
-
 from ..data.text import capital_questions, demo_corpora
 from .adapters import base_hash, export_peft, finetune, load_peft
 from .calibration import (InputStatistics, auto_shrinkage, catch_block_inputs, collect_input_statistics,
@@ -25,6 +23,8 @@ from .calibration import (InputStatistics, auto_shrinkage, catch_block_inputs, c
 from .compress import Compressor, compress_model, compress_stack, prune_nm, prune_sparsegpt, quantize_gptq, quantize_rtn, stacks
 from .evaluate import Perplexity, continue_text, multiple_choice_accuracy, perplexity
 from .lowrank import CompensatedLinear, LowRankPath, attach_paths, balance, compensation_disabled
+
+# %% ../../nbs/llm/10_eora.ipynb #a3b988e5
 from .models import load_demo_lm
 
 # %% ../../nbs/llm/10_eora.ipynb #e8b31c9c
@@ -124,7 +124,7 @@ def _metric(
         raise ValueError(f"method {method!r} needs cov, the second moment of the inputs")
     return cov.diagonal() if method == "rms" else cov
 
-
+# %% ../../nbs/llm/10_eora.ipynb #18f9e800
 def _check_problem(delta: Tensor, rank: int, cov: Tensor | None) -> None:
     "Refuse shapes and values that have no answer."
     if delta.dim() != 2 or not torch.isfinite(delta).all():
@@ -138,7 +138,7 @@ def _check_problem(delta: Tensor, rank: int, cov: Tensor | None) -> None:
     if not torch.isfinite(cov).all() or (cov - cov.T).abs().max() > 1e-5 * cov.abs().max():
         raise ValueError("cov must be finite and symmetric (to 1e-5 of its largest entry)")
 
-# %% ../../nbs/llm/10_eora.ipynb #18f9e800
+# %% ../../nbs/llm/10_eora.ipynb #4651ac9e
 def low_rank_path(
     delta: Tensor,  # (o, d) compression error W - W_c
     rank: int,  # 1 to min(o, d)
@@ -165,7 +165,7 @@ def low_rank_path(
     U, spectrum = _output_directions(delta / unit, metric / scale, rank, scaled_root)
     return LowRankPath(*balance(U, U.T @ delta), spectrum * unit**2 * scale)
 
-
+# %% ../../nbs/llm/10_eora.ipynb #a8d80d5e
 def _unit(values: Tensor) -> Tensor:
     "The largest entry, or 1 for zeros: eigensolvers dislike tiny and huge numbers."
     largest = values.abs().max()
@@ -195,7 +195,7 @@ def output_energy(
     "tr(W C W^T): what an error of this layer is compared with."
     return (weight @ cov * weight).sum().item()
 
-
+# %% ../../nbs/llm/10_eora.ipynb #d7da701f
 def allocate_ranks(
     spectra: dict[str, Tensor],  # layer name -> error spectrum
     shapes: dict[str, tuple[int, int]],  # layer name -> (o, d)
@@ -238,7 +238,7 @@ def _solve_stack(
     return {name: low_rank_path(weight - compressed, min(rank, *weight.shape), method, cov, statistics.mean_abs, root=root)
             for name, (weight, compressed) in weights.items()}
 
-
+# %% ../../nbs/llm/10_eora.ipynb #79fecb07
 def solve_paths(
     model: nn.Module,  # original weights
     compressed: nn.Module,  # the same model, compressed; paths already attached are ignored

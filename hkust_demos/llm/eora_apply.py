@@ -17,14 +17,14 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-
 import torch
 from torch import Tensor, nn
-
 from ..data.text import Corpus, element_descriptions, pack_sequences, python_reference, read_documents
 from ..files import output_folder
 from .adapters import base_hash, export_peft
 from .calibration import InputStatistics, stream_input_statistics
+
+# %% ../../nbs/llm/12_eora_apply.ipynb #e2125986
 from .compress import Compressor, compress_model
 from .eora import CompensatedModel, budget_ranks, error_curve, linear_layers, solve_paths
 from .evaluate import continue_text, kl_divergence, next_token_probabilities, paired_bootstrap, perplexity
@@ -80,7 +80,7 @@ def calibration_corpora(
     return tuple(Corpus(corpus.name, (" ".join(part),), corpus.source, corpus.license, name)
                  for part, name in ((words[:cut], "calibration"), (words[cut:], "evaluation")))
 
-
+# %% ../../nbs/llm/12_eora_apply.ipynb #a3394c23
 def calibration_rows(
     corpus: Corpus,  # text
     tokenizer,  # the model's
@@ -102,7 +102,7 @@ class Progress:
     statistics: dict[str, InputStatistics] | None = None
     result: "Result | None" = None
 
-
+# %% ../../nbs/llm/12_eora_apply.ipynb #919b37fb
 @dataclass
 class Result:
     "Everything that a run found."
@@ -120,13 +120,14 @@ class Result:
         "Attach the paths of a method at a rank."
         return self.compensated.swap(_cut(self.paths[method], rank))
 
-# %% ../../nbs/llm/12_eora_apply.ipynb #919b37fb
+# %% ../../nbs/llm/12_eora_apply.ipynb #517fb940
 def run_recipe(
     recipe: Recipe,
     *,
     methods: tuple[str, ...] = ("eora",),  # solved side by side; "eora" is the one kept attached
     evaluation_tokens: int = 1024,  # 0 skips perplexity
-    extra_ranks: tuple[int, ...] = (),  # also measure perplexity at these; the largest is solved
+    extra_ranks: tuple[int, ...] = (),  # also measure perplexity at these
+    solve_rank: int = 0,  # solve up to this rank, to slice from later
     loaded: tuple | None = None,  # (model, tokenizer) if they are at hand
 ) -> Iterator[Progress]:  # the last one carries the result
     "Compress and compensate, step by step."
@@ -139,7 +140,7 @@ def run_recipe(
         yield Progress(0.3 * done / total, f"reading calibration text, row {done} of {total}", statistics)
     yield Progress(0.3, f"compressing with {recipe.compressor.title}", statistics)
     compressed, paths = compress_model(model, statistics, recipe.compressor), {}
-    solved_rank = max(recipe.rank, 128 if recipe.budget_mb else 0, *extra_ranks, 1)
+    solved_rank = max(recipe.rank, solve_rank, 128 if recipe.budget_mb else 0, *extra_ranks, 1)
     for index, method in enumerate(methods):
         yield Progress(0.4 + 0.3 * index / len(methods), f"solving {method} for all layers", statistics)
         paths[method] = solve_paths(model, compressed, statistics, solved_rank, method,
@@ -151,7 +152,7 @@ def run_recipe(
     yield from _measured(result, corpora, rows, evaluation_tokens, extra_ranks)
     yield Progress(1.0, "done", statistics, result)
 
-
+# %% ../../nbs/llm/12_eora_apply.ipynb #ee754c5e
 def _check_rank(model: nn.Module, recipe: Recipe) -> None:
     "Refuse a rank above the narrowest layer before any work is done."
     name, layer = min(linear_layers(model).items(), key=lambda item: min(item[1].weight.shape))
@@ -170,7 +171,7 @@ def _describe(result: Result, corpora: tuple[Corpus, Corpus], rows: Tensor) -> d
                 error_left={n: share_left(p) for n, p in kept.items()}, base_sha256=result.compensated.base_hash(),
                 versions={p: version(p) for p in ("torch", "transformers", "peft")}, python=platform.python_version())
 
-
+# %% ../../nbs/llm/12_eora_apply.ipynb #d00bd5b1
 def _measured(result: Result, corpora, rows: Tensor, evaluation_tokens: int, extra_ranks: tuple[int, ...]) -> Iterator[Progress]:
     "Fill the report; perplexities on held-out text."
     result.report.update(_describe(result, corpora, rows))
@@ -191,12 +192,12 @@ def _measured(result: Result, corpora, rows: Tensor, evaluation_tokens: int, ext
                          ratio_to_compressed={k: list(paired_bootstrap(v, result.losses["compressed"]))
                                               for k, v in result.losses.items() if k != "compressed"})
 
-
+# %% ../../nbs/llm/12_eora_apply.ipynb #a8530096
 def _cut(paths: dict[str, LowRankPath], rank: int) -> dict[str, LowRankPath]:
     "All paths at most at a rank."
     return {name: path.truncate(min(rank, path.rank)) for name, path in paths.items()}
 
-
+# %% ../../nbs/llm/12_eora_apply.ipynb #4610801f
 def share_left(
     path: LowRankPath,
 ) -> float:  # 0 to 1
@@ -213,7 +214,7 @@ def input_spectrum(
     shares = eigenvalues / eigenvalues.sum().clamp(min=1e-300)
     return eigenvalues / eigenvalues.mean().clamp(min=1e-300), torch.special.entr(shares).sum().exp().item()
 
-
+# %% ../../nbs/llm/12_eora_apply.ipynb #4c3b3a5a
 def method_curves(
     result: Result,
     name: str,  # of a layer
@@ -228,7 +229,7 @@ def method_curves(
         curves[method] = torch.cat([torch.ones(1), 1 - removed])
     return curves
 
-
+# %% ../../nbs/llm/12_eora_apply.ipynb #86ba2577
 def layer_grid(
     values: dict[str, float],  # layer name -> number
 ) -> tuple[list[str], list[str], list[list[float]]]:  # blocks, kinds of layer, matrix with NaN for absent ones
@@ -278,7 +279,7 @@ def write_adapter(
         result.compensated.swap(ranks)
     return sorted(p.name for p in folder.iterdir())
 
-
+# %% ../../nbs/llm/12_eora_apply.ipynb #e4de33d2
 _HOW_TO = """# EoRA adapter
 
 {compression}, {extra_mb:.1f} MB of low-rank paths. It fits one compressed base only, the one with SHA-256
@@ -315,11 +316,7 @@ def rebuild_base(
 def add_arguments(parser: ArgumentParser) -> None:
     "Options of `hkust-demos eora`."
     parser.add_argument("model", help="smollm2-135m, a Hugging Face id, a folder or a .gguf file")
-    parser.add_argument("--bits", type=int, default=None, help="round weights to so many bits (1-8)")
-    parser.add_argument("--group-size", type=int, default=None, help="weights that share a grid; none = a whole row")
-    parser.add_argument("--method", choices=("gptq", "rtn"), default="gptq", help="how to round")
-    parser.add_argument("--sparsity", default=None, help="such as 2:4; none = no pruning")
-    parser.add_argument("--pruning", choices=("magnitude", "wanda", "sparsegpt"), default="wanda", help="how to prune")
+    _add_compression_arguments(parser)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--rank", type=int, default=64, help="rank of every path")
     size.add_argument("--budget-mb", type=float, default=None, help="megabytes for all paths; ranks then differ by layer")
@@ -331,7 +328,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--force", action="store_true", help="replace a folder that this command made")
 
+# %% ../../nbs/llm/12_eora_apply.ipynb #a7bf2625
+def _add_compression_arguments(parser: ArgumentParser) -> None:
+    "Options that choose the compression."
+    parser.add_argument("--bits", type=int, default=None, help="round weights to so many bits (1-8)")
+    parser.add_argument("--group-size", type=int, default=None, help="weights that share a grid; none = a whole row")
+    parser.add_argument("--method", choices=("gptq", "rtn"), default="gptq", help="how to round")
+    parser.add_argument("--sparsity", default=None, help="such as 2:4; none = no pruning")
+    parser.add_argument("--pruning", choices=("magnitude", "wanda", "sparsegpt"), default="wanda", help="how to prune")
 
+# %% ../../nbs/llm/12_eora_apply.ipynb #0619c662
 def run_command(args: Namespace) -> list[Path]:  # files written
     "Run `hkust-demos eora`."
     sparsity = args.sparsity or (None if args.bits else "2:4")

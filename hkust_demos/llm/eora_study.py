@@ -4,17 +4,14 @@
 
 # %% auto #0
 __all__ = ['COMPRESSIONS', 'PATHS', 'RANKS', 'METRICS', 'LEARNING_RATES', 'main_variants', 'further_variants', 'Laboratory',
-           'evaluate_paths', 'run_main', 'run_option', 'run_short', 'run_capitals', 'run_finetune', 'run', 'picture',
-           'build_study']
+           'run', 'picture', 'build_study']
 
 # %% ../../nbs/llm/11_eora_study.ipynb #4ef3e293
 import gc
 from functools import lru_cache
-
 import pandas as pd
 import torch
 from torch import Tensor
-
 from ..data.text import capital_questions, demo_corpora
 from .adapters import finetune, zero_paths
 from .calibration import InputStatistics, collect_input_statistics
@@ -25,6 +22,8 @@ from .evaluate import multiple_choice_accuracy, paired_bootstrap, perplexity
 from .lowrank import LowRankPath, attach_paths, detach_paths
 from .models import load_demo_lm
 from ..study import Study
+
+# %% ../../nbs/llm/11_eora_study.ipynb #bea2935f
 from ..viz import bars
 
 # %% ../../nbs/llm/11_eora_study.ipynb #69ae421c
@@ -45,7 +44,7 @@ def main_variants() -> list[str]:
         names += [f"{compression}/none", *(f"{compression}/{m}/r{r}" for m in PATHS for r in RANKS)]
     return names
 
-
+# %% ../../nbs/llm/11_eora_study.ipynb #58a5e856
 def further_variants() -> list[str]:
     "Quantized paths, budgets, sequential mode, short calibration, other text, questions, fine-tuning."
     names = [f"wanda-2:4/eora/r{r}/{b}bit" for r in (64, 128) for b in (4, 3)]
@@ -60,24 +59,20 @@ def further_variants() -> list[str]:
 METRICS = ["ppl_python", "ppl_elements", "ratio_python", "ratio_python_low", "ratio_python_high", "ratio_elements",
            "ratio_elements_low", "ratio_elements_high", "extra_mb", "error_left", "accuracy", "accuracy_stderr", "lr"]
 
-
+# %% ../../nbs/llm/11_eora_study.ipynb #30234d72
 class Laboratory:
     "Model, texts and the last compression, statistics and paths."
 
     def __init__(self, quick: bool):
         self.model, self.tokenizer = load_demo_lm()
         self.corpora = demo_corpora(self.tokenizer)
-        n_rows = 2 if quick else 4
-        self.evaluation = {"python": self.corpora["python"]["evaluation"][:n_rows],
-                           "elements": self.corpora["elements"]["evaluation"][:n_rows]}
-        self.rows, self.kept, self.nll = (1 if quick else 5), {}, {}
+        self.evaluation = {name: parts["evaluation"][: 2 if quick else 4] for name, parts in self.corpora.items()}
+        self.rows, self.kept, self.nll = 1 if quick else 5, {}, {}
 
     def text(self, seed: int | str) -> Tensor:
-        "Calibration rows of a seed; 'all' for the text of the compression, 'elements' for the other corpus."
-        if seed == "elements":
-            return self.corpora["elements"]["calibration"][: self.rows]
-        rows = self.corpora["python"]["calibration"]
-        return rows[: 3 * self.rows] if seed == "all" else rows[self.rows * (seed % 3): self.rows * (seed % 3 + 1)]
+        "Calibration rows; 'all' for the text of the compression, 'elements' for the other corpus."
+        first, n = {"all": (0, 3), "elements": (0, 1)}.get(seed) or (seed % 3, 1)
+        return self.corpora["elements" if seed == "elements" else "python"]["calibration"][self.rows * first:][: self.rows * n]
 
     def keep(self, kind: str, key, make):
         "Remember the last result of a kind; free the old one before making the new."
@@ -93,8 +88,8 @@ class Laboratory:
 
     def compressed(self, compression: str):
         "The compressed model, without paths."
-        make = lambda: compress_model(self.model, self.statistics("all"), COMPRESSIONS[compression])
-        return detach_paths(self.keep("compressed", compression, make))
+        return detach_paths(self.keep("compressed", compression, lambda: compress_model(
+            self.model, self.statistics("all"), COMPRESSIONS[compression])))
 
     def paths(self, compression: str, method: str, seed: int | str, shrinkage: float | str = 0.0) -> dict[str, LowRankPath]:
         "Paths at the largest rank, solved once."
@@ -103,7 +98,7 @@ class Laboratory:
             solved[seed, shrinkage] = solve_paths(self.model, base, self.statistics(seed), max(RANKS), method, shrinkage=shrinkage)
         return solved[seed, shrinkage]
 
-# %% ../../nbs/llm/11_eora_study.ipynb #30234d72
+# %% ../../nbs/llm/11_eora_study.ipynb #38f98ec2
 def _truncate(paths: dict[str, LowRankPath], rank: int) -> dict[str, LowRankPath]:
     "Every path at most at this rank."
     return {name: path.truncate(min(rank, path.rank)) for name, path in paths.items()}
@@ -113,8 +108,8 @@ def _megabytes(paths: dict[str, LowRankPath]) -> float:
     "Extra megabytes of all paths."
     return sum(path.num_bytes for path in paths.values()) / 1e6
 
-
-def evaluate_paths(
+# %% ../../nbs/llm/11_eora_study.ipynb #56972e2a
+def _evaluate_paths(
     laboratory: Laboratory,
     compression: str,  # key of COMPRESSIONS
     paths: dict[str, LowRankPath],  # empty for none
@@ -139,53 +134,56 @@ def _svd_reference(laboratory: Laboratory, compression: str, rank: int) -> dict[
     "Plain SVD at a rank, evaluated once a compression."
     key = f"{compression}/svd/r{rank}"
     def make():
-        return evaluate_paths(laboratory, compression, _truncate(laboratory.paths(compression, "svd", "all"), rank), remember=key)
+        return _evaluate_paths(laboratory, compression, _truncate(laboratory.paths(compression, "svd", "all"), rank), remember=key)
     if (key, "python") not in laboratory.nll:
         laboratory.nll[key, "metrics"] = make()
     return laboratory.nll[key, "metrics"]
 
-
-def run_main(laboratory: Laboratory, compression: str, method: str, rank: int, seed: int) -> dict[str, float]:
+# %% ../../nbs/llm/11_eora_study.ipynb #0d6ab3f0
+def _run_main(laboratory: Laboratory, compression: str, method: str, rank: int, seed: int) -> dict[str, float]:
     "One cell of the main table."
     if method == "none":
         key = f"{compression}/none"
         if (key, "python") not in laboratory.nll:
-            laboratory.nll[key, "metrics"] = evaluate_paths(laboratory, compression, {}, remember=key)
+            laboratory.nll[key, "metrics"] = _evaluate_paths(laboratory, compression, {}, remember=key)
         return laboratory.nll[key, "metrics"]
     reference = _svd_reference(laboratory, compression, rank)
     if method == "svd":
         return reference
     paths = _truncate(laboratory.paths(compression, method, seed), rank)
-    found = evaluate_paths(laboratory, compression, paths, baseline=f"{compression}/svd/r{rank}")
+    found = _evaluate_paths(laboratory, compression, paths, baseline=f"{compression}/svd/r{rank}")
     if method == "eora":
         left = [error_curve(p.error_spectrum)[p.rank] / error_curve(p.error_spectrum)[0] for p in paths.values()]
         found["error_left"] = torch.stack(left).mean().item()
     return found
 
 # %% ../../nbs/llm/11_eora_study.ipynb #f9e63f35
-def run_option(laboratory: Laboratory, compression: str, options: list[str], seed: int) -> dict[str, float]:
+def _run_option(laboratory: Laboratory, compression: str, options: list[str], seed: int) -> dict[str, float]:
     "EoRA with one thing changed; the ratio is to EoRA itself at the same rank."
     rank = int(options[0][1:]) if options[0].startswith("r") else 64
     plain = _truncate(laboratory.paths(compression, "eora", seed), rank)
     key = f"{compression}/eora/r{rank}/seed{seed}"
     if (key, "python") not in laboratory.nll:
-        evaluate_paths(laboratory, compression, plain, remember=key)
+        _evaluate_paths(laboratory, compression, plain, remember=key)
     if options[-1].endswith("bit"):
         paths = {n: p.quantized(int(options[-1][0])) for n, p in plain.items()}
     elif options[-1] == "elements":
         paths = _truncate(laboratory.paths(compression, "eora", "elements"), rank)
     elif options[-1] == "sequential":
-        base, solved = laboratory.statistics("all"), COMPRESSIONS[compression]
-        paths = compress_and_compensate(laboratory.model, base, solved, rank, sequential=True, batches=laboratory.text(seed)).paths
+        paths = compress_and_compensate(laboratory.model, laboratory.statistics("all"), COMPRESSIONS[compression], rank,
+                                        sequential=True, batches=laboratory.text(seed)).paths
     else:
-        full = laboratory.paths(compression, "eora", seed)
-        budget = 1e6 * _megabytes(plain)
-        ranks = budget_ranks(laboratory.model, full, laboratory.statistics(seed), budget)
-        paths = {n: full[n].truncate(r) for n, r in ranks.items()}
-    return evaluate_paths(laboratory, compression, paths, baseline=key)
+        paths = _within_budget(laboratory, laboratory.paths(compression, "eora", seed), seed, 1e6 * _megabytes(plain))
+    return _evaluate_paths(laboratory, compression, paths, baseline=key)
+
+# %% ../../nbs/llm/11_eora_study.ipynb #87999296
+def _within_budget(laboratory: Laboratory, paths: dict[str, LowRankPath], seed: int, budget: float) -> dict[str, LowRankPath]:
+    "Ranks by layer under a budget of bytes."
+    ranks = budget_ranks(laboratory.model, paths, laboratory.statistics(seed), budget)
+    return {name: paths[name].truncate(rank) for name, rank in ranks.items()}
 
 # %% ../../nbs/llm/11_eora_study.ipynb #2b68d7c2
-def run_short(laboratory: Laboratory, n_tokens: int, kind: str, seed: int) -> dict[str, float]:
+def _run_short(laboratory: Laboratory, n_tokens: int, kind: str, seed: int) -> dict[str, float]:
     "Held-out output error with few calibration tokens, four blocks of Wanda 2:4."
     blocks = tuple(f"model.layers.{b}." for b in (2, 10, 18, 26))
     wanted = lambda name, module: name.startswith(blocks)
@@ -202,7 +200,7 @@ def run_short(laboratory: Laboratory, n_tokens: int, kind: str, seed: int) -> di
     return {"error_left": sum(shares) / len(shares)}
 
 # %% ../../nbs/llm/11_eora_study.ipynb #4b880a9e
-def run_capitals(laboratory: Laboratory, compression: str, method: str, seed: int) -> dict[str, float]:
+def _run_capitals(laboratory: Laboratory, compression: str, method: str, seed: int) -> dict[str, float]:
     "Accuracy on held-out capital questions; seeds change the questions' distractors and the calibration set."
     items = capital_questions(seed=seed)[: 16 if laboratory.rows == 1 else None]
     if compression == "released":
@@ -216,7 +214,7 @@ def run_capitals(laboratory: Laboratory, compression: str, method: str, seed: in
 # %% ../../nbs/llm/11_eora_study.ipynb #6b36ef3b
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
-
+# %% ../../nbs/llm/11_eora_study.ipynb #5a707a1a
 def _start(laboratory: Laboratory, start: str, seed: int) -> dict[str, LowRankPath]:
     "Rank-32 factors to start from."
     method = "svd" if start == "zero" else start
@@ -224,7 +222,7 @@ def _start(laboratory: Laboratory, start: str, seed: int) -> dict[str, LowRankPa
     return zero_paths(paths, seed) if start == "zero" else paths
 
 
-def run_finetune(laboratory: Laboratory, start: str, seed: int) -> dict[str, float]:
+def _run_finetune(laboratory: Laboratory, start: str, seed: int) -> dict[str, float]:
     "Tune 32 steps of 128 tokens on Wanda 2:4; the learning rate comes from a validation text."
     rows = laboratory.corpora["python"]["calibration"][16:40].reshape(-1, 128)
     validation, train = rows[:8], rows[8:]
@@ -235,7 +233,7 @@ def run_finetune(laboratory: Laboratory, start: str, seed: int) -> dict[str, flo
         return perplexity(attach_paths(base, tuned(lr, steps, 0)), validation).value
     rates = LEARNING_RATES[:2] if laboratory.rows == 1 else LEARNING_RATES
     lr = laboratory.keep(f"lr {start}", 0, lambda: min(rates, key=validate))
-    return {**evaluate_paths(laboratory, "wanda-2:4", tuned(lr, steps, seed)), "lr": lr}
+    return {**_evaluate_paths(laboratory, "wanda-2:4", tuned(lr, steps, seed)), "lr": lr}
 
 # %% ../../nbs/llm/11_eora_study.ipynb #d59307c3
 @lru_cache(maxsize=1)
@@ -252,14 +250,14 @@ def run(
     "One run of the study."
     laboratory, parts = _laboratory(quick), variant.split("/")
     if parts[0] == "short":
-        return run_short(laboratory, int(parts[1]) // (4 if quick else 1), parts[2], seed)
+        return _run_short(laboratory, int(parts[1]) // (4 if quick else 1), parts[2], seed)
     if parts[0] == "capitals":
-        return run_capitals(laboratory, parts[1], parts[-1], seed)
+        return _run_capitals(laboratory, parts[1], parts[-1], seed)
     if parts[0] == "finetune":
-        return run_finetune(laboratory, parts[1], seed)
+        return _run_finetune(laboratory, parts[1], seed)
     if len(parts) == 4 or "budget" in variant:
-        return run_option(laboratory, parts[0], parts[2:], seed)
-    return run_main(laboratory, parts[0], parts[1], int(parts[2][1:]) if len(parts) == 3 else 0, seed)
+        return _run_option(laboratory, parts[0], parts[2:], seed)
+    return _run_main(laboratory, parts[0], parts[1], int(parts[2][1:]) if len(parts) == 3 else 0, seed)
 
 # %% ../../nbs/llm/11_eora_study.ipynb #877b5d7c
 def picture(table: pd.DataFrame):

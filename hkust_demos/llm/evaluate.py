@@ -24,7 +24,7 @@ class Perplexity:
     nll_per_token: Tensor  # (n_tokens,) negative log-likelihood in nats
     n_tokens: int
 
-
+# %% ../../nbs/llm/03_evaluate.ipynb #bd6679d5
 @torch.inference_mode()
 def perplexity(
     model: nn.Module,  # a causal language model
@@ -64,7 +64,7 @@ def block_means(
         raise ValueError(f"{len(nll)} tokens make {n_blocks} blocks of {block}; at least 2 are needed")
     return nll[: n_blocks * block].reshape(n_blocks, block).double().mean(1).numpy()
 
-
+# %% ../../nbs/llm/03_evaluate.ipynb #447956ee
 def paired_bootstrap(
     nll: Tensor,  # (n_tokens,) of one model
     baseline: Tensor,  # (n_tokens,) of the other, same tokens
@@ -131,7 +131,7 @@ def multiple_choice_accuracy(
     p = float(np.mean(right_norm))
     return Accuracy(float(np.mean(right)), p, float(np.sqrt(p * (1 - p) / len(items))), len(items))
 
-
+# %% ../../nbs/llm/03_evaluate.ipynb #8e6839dc
 def _by_item(scores: Tensor, lengths: list[int], items: Sequence) -> tuple[list[Tensor], list[Tensor]]:
     "Cut flat scores and lengths into one tensor an item."
     counts = [len(item.choices) for item in items]

@@ -56,7 +56,7 @@ class LowRankPath:
         n_values = max(sum(f.numel() for f in rounded), 1)
         return replace(self, B=rounded[0], A=rounded[1], bytes_per_value=(bits + (16 + bits) * n_groups / n_values) / 8)
 
-
+# %% ../../nbs/llm/04_lowrank.ipynb #f92e9f72
 def balance(
     B: Tensor,  # (out, rank)
     A: Tensor,  # (rank, in)
@@ -121,14 +121,14 @@ def attach_paths(
             model.set_submodule(name, CompensatedLinear(layer, path))
     return model
 
-
+# %% ../../nbs/llm/04_lowrank.ipynb #18b13c82
 def detach_paths(model: nn.Module) -> nn.Module:
     "Take all paths away again; the compressed model is back as it was."
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, CompensatedLinear)]:
         model.set_submodule(name, layer.plain())
     return model
 
-
+# %% ../../nbs/llm/04_lowrank.ipynb #069e6d15
 @contextmanager
 def compensation_disabled(
     model: nn.Module,  # with paths attached
@@ -144,7 +144,7 @@ def compensation_disabled(
         for layer, enabled in zip(layers, before):
             layer.enabled = enabled
 
-
+# %% ../../nbs/llm/04_lowrank.ipynb #79b41c2e
 def merge_paths(model: nn.Module) -> nn.Module:
     "Replace every compensated layer by a dense float32 one, in place; for kernels without a format."
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, CompensatedLinear)]:
