@@ -70,15 +70,15 @@ def metric_root(
 
 # %% ../../nbs/llm/10_eora.ipynb #8d5b8dc7
 def _top_directions(
-    gram: Tensor,  # (n, n) symmetric
+    make_gram: Callable[[torch.dtype], Tensor],  # the symmetric matrix (n, n) in a precision
     rank: int,
 ) -> tuple[Tensor, Tensor]:  # eigenvectors (n, rank), all eigenvalues descending
     "Leading eigenvectors, in float64 where single precision cannot separate the cut."
-    eigenvalues, vectors = torch.linalg.eigh(gram)
-    if rank < len(gram):
+    eigenvalues, vectors = torch.linalg.eigh(make_gram(torch.float32))
+    if rank < len(eigenvalues):
         gap = eigenvalues[-rank] - eigenvalues[-rank - 1]
         if eigenvalues[-1] > 2e4 * gap:
-            eigenvalues, vectors = (part.to(gram.dtype) for part in torch.linalg.eigh(gram.double()))
+            eigenvalues, vectors = (part.float() for part in torch.linalg.eigh(make_gram(torch.float64)))
     return vectors.flip(1)[:, :rank], eigenvalues.flip(0).clamp(min=0)
 
 # %% ../../nbs/llm/10_eora.ipynb #67ee4991
@@ -89,17 +89,20 @@ def _output_directions(
     root: Tensor | None = None,  # `metric_root(cov)` if it is at hand
 ) -> tuple[Tensor, Tensor]:  # U (o, rank), spectrum (min(o, d),)
     "Top eigenvectors of D C D^T, through the smaller side."
-    is_diagonal = cov.dim() == 1
-    if delta.shape[0] <= delta.shape[1]:
-        return _top_directions((delta * cov if is_diagonal else delta @ cov) @ delta.T, rank)
-    gram = delta.T @ delta
-    if is_diagonal:
-        scale = cov.sqrt()
-        vectors, spectrum = _top_directions(scale[:, None] * gram * scale, rank)
-        return torch.linalg.qr(delta @ (scale[:, None] * vectors)).Q, spectrum
-    root = metric_root(cov) if root is None else root
-    vectors, spectrum = _top_directions(root.T @ gram @ root, rank)
-    return torch.linalg.qr(delta @ (root @ vectors)).Q, spectrum
+    is_diagonal, is_wide = cov.dim() == 1, delta.shape[0] <= delta.shape[1]
+    if not is_wide and root is None:
+        root = cov.sqrt() if is_diagonal else metric_root(cov)
+
+    def gram(dtype: torch.dtype) -> Tensor:
+        D, C, L = delta.to(dtype), cov.to(dtype), None if root is None else root.to(dtype)
+        if is_wide:
+            return (D * C if is_diagonal else D @ C) @ D.T
+        return L[:, None] * (D.T @ D) * L if is_diagonal else L.T @ (D.T @ D) @ L
+
+    vectors, spectrum = _top_directions(gram, rank)
+    if is_wide:
+        return vectors, spectrum
+    return torch.linalg.qr(delta @ (root[:, None] * vectors if is_diagonal else root @ vectors)).Q, spectrum
 
 # %% ../../nbs/llm/10_eora.ipynb #ac80791c
 METHODS = ("eora", "svd", "act", "rms", "eora-reference")
@@ -167,9 +170,9 @@ def low_rank_path(
 
 # %% ../../nbs/llm/10_eora.ipynb #a8d80d5e
 def _unit(values: Tensor) -> Tensor:
-    "The largest entry, or 1 for zeros: eigensolvers dislike tiny and huge numbers."
+    "A power of two near the largest entry (1 for zeros): dividing by it rounds nothing."
     largest = values.abs().max()
-    return torch.where(largest > 0, largest, torch.ones_like(largest))
+    return torch.where(largest > 0, torch.exp2(torch.log2(largest).ceil()), torch.ones_like(largest))
 
 # %% ../../nbs/llm/10_eora.ipynb #3f0d8684
 def predicted_error_curve(
