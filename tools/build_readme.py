@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""README.md from nbs/index.ipynb.
+"""README.md and the gallery from nbs/index.ipynb and results/.
 
-    python tools/build_readme.py          run the index notebook, store its outputs, write README.md
-    python tools/build_readme.py --check  write nothing; fail if one of the two is stale
+    python tools/build_readme.py          run the index notebook, store its outputs, write README.md and the gallery
+    python tools/build_readme.py --check  write nothing; fail if one of them is stale
 
 Text cells come as they are, with links turned from nbs/ to the root. Of a code cell comes the code, unless it is
 hidden (`#| hide`), silent (`#| echo: false`: its output only) or exported, and then its output: Markdown as Markdown,
 tables as tables, anything else as text. The index is run afresh, so a changed catalog or a new results/*.csv makes
-the README stale.
+the README stale. The gallery (the pictures of the README and of the hub's cards) holds copies of results/METHOD.png.
 """
 import argparse
 import re
@@ -96,9 +96,15 @@ def fresh_index(root):
         copy.unlink()
 
 
+def gallery(root):
+    "The gallery's pictures by path: what the studies drew last."
+    folder = Path(root) / "hkust_demos" / "apps" / "gallery"
+    return {folder / picture.name: picture.read_bytes() for picture in sorted((Path(root) / "results").glob("*.png"))}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if README.md or the index is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if README.md, the index or the gallery is stale")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     try:
@@ -107,12 +113,12 @@ def main(argv=None):
     except ValueError as error:
         print(f"build_readme: {error}")
         return 1
-    wanted, stale = {args.root / "nbs" / "index.ipynb": stored, args.root / "README.md": source}, []
-    for path, content in wanted.items():
-        if not path.exists() or path.read_text(encoding="utf-8") != content:
-            stale.append(path.name)
-            if not args.check:
-                path.write_text(content, encoding="utf-8")
+    wanted = {args.root / "nbs" / "index.ipynb": stored.encode(), args.root / "README.md": source.encode(), **gallery(args.root)}
+    stale = [path for path, content in wanted.items() if not path.exists() or path.read_bytes() != content]
+    for path in [] if args.check else stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(wanted[path])
+    stale = [str(path.relative_to(args.root)) for path in stale]
     missing = missing_targets(source, args.root)
     if missing:
         print(f"build_readme: README.md links to what is not there: {', '.join(missing)}")

@@ -212,7 +212,7 @@ def _run_capitals(laboratory: Laboratory, compression: str, method: str, seed: i
     return {"accuracy": result.acc_norm, "accuracy_stderr": result.stderr}
 
 # %% ../../nbs/llm/11_eora_study.ipynb #6b36ef3b
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 # %% ../../nbs/llm/11_eora_study.ipynb #5a707a1a
 def _start(laboratory: Laboratory, start: str, seed: int) -> dict[str, LowRankPath]:

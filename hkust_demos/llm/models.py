@@ -53,6 +53,16 @@ def _count_parameters(folder: Path) -> int:
     return total
 
 # %% ../../nbs/llm/00_models.ipynb #841f28cc
+def _read(reader, source: str | Path, name: str, **options):
+    "One `from_pretrained` call; its objections become one sentence."
+    try:
+        return reader.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0][:120]
+        raise ValueError(f"cannot open {name}: no such model, no safetensors weights, no tokenizer, or no internet ({reason}). "
+                         "Give 'smollm2-135m', a Hugging Face id, a folder with config.json, or a .gguf file") from error
+
+# %% ../../nbs/llm/00_models.ipynb #c70c5b54
 def _open(
     source: str | Path,  # folder or Hugging Face id
     name: str,  # for messages
@@ -60,17 +70,13 @@ def _open(
     gguf_file: str | None = None,  # a file of the folder
 ) -> tuple[PreTrainedModel, object]:  # (model, tokenizer)
     "Open a checkpoint as float32 on the CPU in evaluation mode; never run code from it."
-    where = dict(gguf_file=gguf_file) if gguf_file else {}
-    safe = {} if gguf_file else dict(use_safetensors=True)
+    where, safe = ({"gguf_file": gguf_file}, {}) if gguf_file else ({}, {"use_safetensors": True})
     transformers_logging.disable_progress_bar()
     try:
         if not gguf_file:
-            _check_config(AutoConfig.from_pretrained(source), name)
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **where, **safe)
-    except OSError as error:
-        raise ValueError(f"cannot open {name}: no such model, no safetensors weights, or no internet. "
-                         "Give 'smollm2-135m', a Hugging Face id, a folder with config.json, or a .gguf file") from error
+            _check_config(_read(AutoConfig, source, name), name)
+        tokenizer = _read(AutoTokenizer, source, name, **where)
+        model = _read(AutoModelForCausalLM, source, name, dtype=torch.float32, **where, **safe)
     finally:
         transformers_logging.enable_progress_bar()
     return model.eval().requires_grad_(False), tokenizer
@@ -138,7 +144,7 @@ def _open_gguf(path: Path) -> tuple[PreTrainedModel, object]:
     _check_memory(2 * path.stat().st_size, path.name)
     try:
         model, tokenizer = _open(path.parent, path.name, gguf_file=path.name)
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # a damaged file can break the reader anywhere
         raise ValueError(f"{path.name}: this GGUF cannot be read ({str(error)[:120]}); "
                          "Llama, Qwen2, Mistral, Phi-3 and Gemma files work") from error
     return _without_quantization(model), tokenizer

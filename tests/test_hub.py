@@ -1,0 +1,102 @@
+"The hub in a real browser: nothing fails, nothing leaves the machine, everything fits."
+import json
+import urllib.error
+import urllib.request
+
+import psutil
+import pytest
+from gradio_client import Client
+
+from hkust_demos.catalog import METHODS
+
+SIZES = {"laptop": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
+
+
+@pytest.fixture()
+def page(browser):
+    "A page that remembers console errors and requests that leave the machine."
+    page = browser.new_page()
+    page.console_errors, page.outside = [], []
+    page.on("console", lambda message: page.console_errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.console_errors.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith(("http://127.0.0.1", "data:", "blob:")) else page.outside.append(request.url))
+    yield page
+    page.close()
+
+
+def get(url):
+    "(status, text) of an address."
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, ""
+
+
+def test_health(hub):
+    status, text = get(f"{hub.url}/health")
+    assert status == 200 and "eora" in json.loads(text)["ready"]
+
+
+def test_memory_after_the_start(hub):
+    process = psutil.Process(hub.process.pid)
+    total = sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])
+    assert total < 1.2e9
+
+
+@pytest.mark.parametrize("address", ["/", "/eora/", "/notebooks/llm/10_eora"])
+@pytest.mark.parametrize("size", SIZES)
+def test_pages_open_without_error_or_outside_request(hub, page, address, size):
+    page.set_viewport_size(SIZES[size])
+    page.goto(f"{hub.url}{address}")
+    page.get_by_text("EoRA").first.wait_for()
+    if address == "/eora/":
+        page.get_by_role("button", name="Compress and repair").wait_for()
+    page.wait_for_load_state("networkidle")
+    assert page.console_errors == [] and page.outside == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size]["width"]
+
+
+def test_cards(hub, page):
+    page.goto(hub.url)
+    assert page.locator("article").count() == len(METHODS)
+    for name, method in METHODS.items():
+        links = page.locator(f"#{name} a").evaluate_all("links => links.map(link => link.getAttribute('href'))")
+        assert (f"/{name}/" in links) == method.ready and method.url in links
+
+
+def test_keyboard_reaches_the_first_app(hub, page):
+    page.goto(hub.url)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.getAttribute('href')") == "/eora/"
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Compress and repair").wait_for()
+
+
+def test_a_person_presses_the_button(hub, page):
+    page.goto(f"{hub.url}/eora/")
+    page.get_by_role("button", name="Compress and repair").wait_for()
+    page.get_by_label("Model").fill("what is this?")
+    page.get_by_role("button", name="Compress and repair").click()
+    page.get_by_text("neither a folder").first.wait_for(timeout=60_000)
+    assert page.outside == []
+
+
+@pytest.mark.parametrize("address", ["/notebooks/../settings.ini", "/notebooks/%2e%2e/settings", "/notebooks//etc/passwd", "/gallery/..%2f..%2fcli.png",
+                                     "/gallery/nothing.png", "/docs"])
+def test_nothing_else_is_served(hub, address):
+    assert get(f"{hub.url}{address}")[0] == 404
+
+
+def test_a_second_visitor_waits_and_sees_the_place(hub):
+    choices = ["smollm2-135m", "Magnitude", "16 (none)", "64", "GPTQ", "Python reference", None, "", "", 512, 4, 0, [], "Hello"]
+    first, second = (Client(f"{hub.url}/eora/", verbose=False) for _ in range(2))
+    running = first.submit(*choices, api_name="/run")
+    while not running.outputs():
+        running.status()
+    waiting = second.submit(*choices, api_name="/run")
+    ranks = []
+    while not running.done():
+        ranks.append(waiting.status().rank)
+    assert running.result(timeout=300) and waiting.result(timeout=300)
+    assert 0 in ranks
