@@ -247,7 +247,7 @@ def test_readme_is_built_and_found_stale(tmp_path, capsys):
     assert build_readme.main([*arguments, "--check"]) == 0
     (tmp_path / "number.txt").write_text("42")
     assert build_readme.main([*arguments, "--check"]) == 1
-    assert "stale: index.ipynb, README.md" in capsys.readouterr().out
+    assert "stale: nbs/index.ipynb, README.md" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "nbs").iterdir()] == ["index.ipynb"]
 
 

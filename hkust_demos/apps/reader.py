@@ -47,6 +47,7 @@ def markdown_html(
     text = _FORMULA.sub(hide_formula, text)
     text = re.sub(r"\x02(\d+)\x02", lambda m: code[int(m[1])], text)
     page = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    page = page.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
     page = re.sub(r"<p>((?:&lt;/?(?:details|summary)&gt;.*?)+)</p>", r"\1", page, flags=re.S)
     page = _FOLD.sub(r"<\1>", page)
     return re.sub(r"\x03(\d+)\x03", lambda m: pieces[int(m[1])], page)

@@ -13,6 +13,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 import torch
 from torch import Tensor, nn
@@ -68,41 +69,80 @@ def metric_root(
         root = eigenvectors * eigenvalues.clamp(min=0).sqrt()
     return (root * scale.sqrt()).to(cov.dtype)
 
+# %% ../../nbs/llm/10_eora.ipynb #a8d80d5e
+def _unit(values: Tensor) -> Tensor:
+    "A power of two near the largest entry (1 for zeros): dividing by it rounds nothing."
+    largest = torch.stack(values.aminmax()).abs().max()
+    return torch.where(largest > 0, torch.exp2(torch.log2(largest).ceil()), torch.ones_like(largest))
+
+# %% ../../nbs/llm/10_eora.ipynb #135c51b6
+class _Metric:
+    "What an error is measured in: (d, d), or (d,) if diagonal."
+
+    def __init__(self, values: Tensor):
+        self.scale = _unit(values)
+        self.values = values / self.scale
+
+    @cached_property
+    def root(self) -> Tensor:
+        "L with L L^T the scaled values."
+        return self.values.sqrt() if self.values.dim() == 1 else metric_root(self.values)
+
 # %% ../../nbs/llm/10_eora.ipynb #8d5b8dc7
-def _top_directions(
-    make_gram: Callable[[torch.dtype], Tensor],  # the symmetric matrix (n, n) in a precision
-    rank: int,
-) -> tuple[Tensor, Tensor]:  # eigenvectors (n, rank), all eigenvalues descending
-    "Leading eigenvectors, in float64 where single precision cannot separate the cut."
-    eigenvalues, vectors = torch.linalg.eigh(make_gram(torch.float32))
-    if rank < len(eigenvalues):
-        gap = eigenvalues[-rank] - eigenvalues[-rank - 1]
-        if eigenvalues[-1] > 2e4 * gap:
-            eigenvalues, vectors = (part.float() for part in torch.linalg.eigh(make_gram(torch.float64)))
-    return vectors.flip(1)[:, :rank], eigenvalues.flip(0).clamp(min=0)
+def _scaled(
+    rows: Tensor,  # (k, d)
+    values: Tensor,  # (d, d), or (d,) if diagonal
+) -> Tensor:
+    "Rows times a metric or its root."
+    return rows * values if values.dim() == 1 else rows @ values
+
+
+def _energy(delta: Tensor, metric: _Metric, directions: Tensor) -> Tensor:
+    "W^T G W in double precision, for directions W of the smaller side."
+    D = delta.double()
+    if len(D) <= D.shape[1]:
+        return _scaled(directions.T @ D, metric.values.double()) @ (D.T @ directions)
+    root = metric.root.double()
+    outputs = D @ (root[:, None] * directions if root.dim() == 1 else root @ directions)
+    return outputs.T @ outputs
 
 # %% ../../nbs/llm/10_eora.ipynb #67ee4991
+def _sharpen(delta: Tensor, metric: _Metric, eigenvalues: Tensor, vectors: Tensor, rank: int) -> Tensor:
+    "Ascending eigenvectors, with those around the cut told apart where single precision cannot."
+    n = len(eigenvalues)
+    if rank == n or eigenvalues[-1] <= 2e4 * (eigenvalues[-rank] - eigenvalues[-rank - 1]):
+        return vectors
+    near = slice(n - min(rank + 64, n), n - max(rank - 64, 0))
+    W = torch.linalg.qr(vectors[:, near].double()).Q
+    vectors[:, near] = (W @ torch.linalg.eigh(_energy(delta, metric, W)).eigenvectors).to(vectors)
+    return vectors
+
+# %% ../../nbs/llm/10_eora.ipynb #9002861c
+def _lower_product(
+    left: Tensor,  # (n, k)
+    right: Tensor,  # (k, n), the product is symmetric
+) -> Tensor:  # (n, n), only the lower triangle is meant to be read
+    "left @ right without most of the upper triangle."
+    n = len(left)
+    product = left.new_zeros(n, n)
+    for start in range(0, n, max(n // 4, 1)):
+        stop = start + max(n // 4, 1)
+        product[start:, start:stop] = left[start:] @ right[:, start:stop]
+    return product
+
+# %% ../../nbs/llm/10_eora.ipynb #54fa20c5
 def _output_directions(
     delta: Tensor,  # (o, d), scaled to order one
-    cov: Tensor,  # (d, d), or (d,) for a diagonal one
+    metric: _Metric,
     rank: int,
-    root: Tensor | None = None,  # `metric_root(cov)` if it is at hand
 ) -> tuple[Tensor, Tensor]:  # U (o, rank), spectrum (min(o, d),)
     "Top eigenvectors of D C D^T, through the smaller side."
-    is_diagonal, is_wide = cov.dim() == 1, delta.shape[0] <= delta.shape[1]
-    if not is_wide and root is None:
-        root = cov.sqrt() if is_diagonal else metric_root(cov)
-
-    def gram(dtype: torch.dtype) -> Tensor:
-        D, C, L = delta.to(dtype), cov.to(dtype), None if root is None else root.to(dtype)
-        if is_wide:
-            return (D * C if is_diagonal else D @ C) @ D.T
-        return L[:, None] * (D.T @ D) * L if is_diagonal else L.T @ (D.T @ D) @ L
-
-    vectors, spectrum = _top_directions(gram, rank)
-    if is_wide:
-        return vectors, spectrum
-    return torch.linalg.qr(delta @ (root[:, None] * vectors if is_diagonal else root @ vectors)).Q, spectrum
+    is_wide = len(delta) <= delta.shape[1]
+    scaled = _scaled(delta, metric.values if is_wide else metric.root)
+    gram = _lower_product(scaled, delta.T) if is_wide else _lower_product(scaled.T, scaled)
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    top = _sharpen(delta, metric, eigenvalues, vectors, rank).flip(1)[:, :rank]
+    return top if is_wide else torch.linalg.qr(scaled @ top).Q, eigenvalues.flip(0).clamp(min=0)
 
 # %% ../../nbs/llm/10_eora.ipynb #ac80791c
 METHODS = ("eora", "svd", "act", "rms", "eora-reference")
@@ -141,6 +181,17 @@ def _check_problem(delta: Tensor, rank: int, cov: Tensor | None) -> None:
     if not torch.isfinite(cov).all() or (cov - cov.T).abs().max() > 1e-5 * cov.abs().max():
         raise ValueError("cov must be finite and symmetric (to 1e-5 of its largest entry)")
 
+# %% ../../nbs/llm/10_eora.ipynb #44414ace
+def _solve(
+    delta: Tensor,  # (o, d)
+    rank: int,
+    metric: _Metric,
+) -> LowRankPath:
+    "The best path in a metric; nothing is checked."
+    unit = _unit(delta)
+    U, spectrum = _output_directions(delta / unit, metric, rank)
+    return LowRankPath(*balance(U, U.T @ delta), spectrum * unit**2 * metric.scale)
+
 # %% ../../nbs/llm/10_eora.ipynb #4651ac9e
 def low_rank_path(
     delta: Tensor,  # (o, d) compression error W - W_c
@@ -150,8 +201,6 @@ def low_rank_path(
     mean_abs: Tensor | None = None,  # (d,) mean absolute input; needed by act
     shrinkage: float = 0.0,  # 0 to 1, pulls cov toward its diagonal
     exponent: float = 1.0,  # of act: 1 as in the released code, 0.5 as in the paper
-    *,
-    root: Tensor | None = None,  # metric_root of the shrunk cov, if several layers share it
 ) -> LowRankPath:  # balanced factors; `.truncate` gives every smaller rank
     "The best rank-r path for the output error in the method's metric (paper Algorithm 1, inverse-free)."
     if method not in METHODS:
@@ -162,17 +211,7 @@ def low_rank_path(
     if method == "eora-reference":
         B, A, spectrum = _published_factors(delta, _metric(method, delta.shape[1], cov, mean_abs, exponent), rank)
         return LowRankPath(B, A, spectrum)
-    metric = _metric(method, delta.shape[1], cov, mean_abs, exponent).to(delta)
-    unit, scale = _unit(delta), _unit(metric)
-    scaled_root = root / scale.sqrt() if root is not None and metric.dim() == 2 else None
-    U, spectrum = _output_directions(delta / unit, metric / scale, rank, scaled_root)
-    return LowRankPath(*balance(U, U.T @ delta), spectrum * unit**2 * scale)
-
-# %% ../../nbs/llm/10_eora.ipynb #a8d80d5e
-def _unit(values: Tensor) -> Tensor:
-    "A power of two near the largest entry (1 for zeros): dividing by it rounds nothing."
-    largest = values.abs().max()
-    return torch.where(largest > 0, torch.exp2(torch.log2(largest).ceil()), torch.ones_like(largest))
+    return _solve(delta, rank, _Metric(_metric(method, delta.shape[1], cov, mean_abs, exponent).to(delta)))
 
 # %% ../../nbs/llm/10_eora.ipynb #3f0d8684
 def predicted_error_curve(
@@ -235,11 +274,12 @@ def _solve_stack(
 ) -> dict[str, LowRankPath]:
     "Paths of the layers behind one input."
     alpha = auto_shrinkage(statistics.n_tokens, statistics.in_features) if shrinkage == "auto" else shrinkage
-    cov = shrink(statistics.second_moment, alpha)
-    needs_root = method == "eora" and any(w.shape[0] > w.shape[1] for w, _ in weights.values())
-    root = metric_root(cov) if needs_root else None
-    return {name: low_rank_path(weight - compressed, min(rank, *weight.shape), method, cov, statistics.mean_abs, root=root)
-            for name, (weight, compressed) in weights.items()}
+    cov = shrink(statistics.second_moment, alpha) if alpha else statistics.second_moment
+    deltas = {name: (weight - compressed).float() for name, (weight, compressed) in weights.items()}
+    if method == "eora-reference":
+        return {name: low_rank_path(delta, min(rank, *delta.shape), method, cov) for name, delta in deltas.items()}
+    metric = _Metric(_metric(method, statistics.in_features, cov, statistics.mean_abs, 1.0))
+    return {name: _solve(delta, min(rank, *delta.shape), metric) for name, delta in deltas.items()}
 
 # %% ../../nbs/llm/10_eora.ipynb #79fecb07
 def solve_paths(

@@ -119,7 +119,7 @@ def load_llm(
     name, path = str(name_or_path).strip(), Path(name_or_path)
     if name.lower() == EMBEDDED:
         return _open(prepare(), EMBEDDED)
-    if path.is_dir():
+    if name and path.is_dir():
         _check_memory(_count_parameters(path), path.name)
         return _open(path, path.name)
     if name.lower().endswith(".gguf"):
