@@ -70,22 +70,21 @@ def metric_root(
     return (root * scale.sqrt()).to(cov.dtype)
 
 # %% ../../nbs/llm/10_eora.ipynb #a8d80d5e
-def _unit(values: Tensor) -> Tensor:
-    "A power of two near the largest entry (1 for zeros): dividing by it rounds nothing."
+def _unit(values: Tensor, degree: int = 1) -> Tensor:
+    "A power of two near the root of this degree of the largest entry (1 for zeros): dividing by it rounds nothing."
     largest = torch.stack(values.aminmax()).abs().max()
-    return torch.where(largest > 0, torch.exp2(torch.log2(largest).ceil()), torch.ones_like(largest))
+    return torch.where(largest > 0, torch.exp2((torch.log2(largest) / degree).ceil()), torch.ones_like(largest))
 
 # %% ../../nbs/llm/10_eora.ipynb #135c51b6
 class _Metric:
     "What an error is measured in: (d, d), or (d,) if diagonal."
 
     def __init__(self, values: Tensor):
-        self.scale = _unit(values)
-        self.values = values / self.scale
+        self.values, self.unit = values, _unit(values.diagonal() if values.dim() == 2 else values, 2)
 
     @cached_property
     def root(self) -> Tensor:
-        "L with L L^T the scaled values."
+        "L with L L^T the values."
         return self.values.sqrt() if self.values.dim() == 1 else metric_root(self.values)
 
 # %% ../../nbs/llm/10_eora.ipynb #8d5b8dc7
@@ -95,27 +94,6 @@ def _scaled(
 ) -> Tensor:
     "Rows times a metric or its root."
     return rows * values if values.dim() == 1 else rows @ values
-
-
-def _energy(delta: Tensor, metric: _Metric, directions: Tensor) -> Tensor:
-    "W^T G W in double precision, for directions W of the smaller side."
-    D = delta.double()
-    if len(D) <= D.shape[1]:
-        return _scaled(directions.T @ D, metric.values.double()) @ (D.T @ directions)
-    root = metric.root.double()
-    outputs = D @ (root[:, None] * directions if root.dim() == 1 else root @ directions)
-    return outputs.T @ outputs
-
-# %% ../../nbs/llm/10_eora.ipynb #67ee4991
-def _sharpen(delta: Tensor, metric: _Metric, eigenvalues: Tensor, vectors: Tensor, rank: int) -> Tensor:
-    "Ascending eigenvectors, with those around the cut told apart where single precision cannot."
-    n = len(eigenvalues)
-    if rank == n or eigenvalues[-1] <= 2e4 * (eigenvalues[-rank] - eigenvalues[-rank - 1]):
-        return vectors
-    near = slice(n - min(rank + 64, n), n - max(rank - 64, 0))
-    W = torch.linalg.qr(vectors[:, near].double()).Q
-    vectors[:, near] = (W @ torch.linalg.eigh(_energy(delta, metric, W)).eigenvectors).to(vectors)
-    return vectors
 
 # %% ../../nbs/llm/10_eora.ipynb #9002861c
 def _lower_product(
@@ -130,9 +108,22 @@ def _lower_product(
         product[start:, start:stop] = left[start:] @ right[:, start:stop]
     return product
 
+# %% ../../nbs/llm/10_eora.ipynb #67ee4991
+def _sharpen(gram: Tensor, eigenvalues: Tensor, vectors: Tensor, rank: int) -> Tensor:
+    "Ascending eigenvectors, with those around the cut told apart where single precision cannot."
+    n = len(eigenvalues)
+    if rank == n or eigenvalues[-1] <= 2e4 * (eigenvalues[-rank] - eigenvalues[-rank - 1]):
+        return vectors
+    near = slice(n - min(rank + 64, n), n - max(rank - 64, 0))
+    W, half = torch.linalg.qr(vectors[:, near].double()).Q, gram.double().tril()
+    half.diagonal().mul_(0.5)
+    energy = W.T @ half @ W
+    vectors[:, near] = (W @ torch.linalg.eigh(energy + energy.T).eigenvectors).to(vectors)
+    return vectors
+
 # %% ../../nbs/llm/10_eora.ipynb #54fa20c5
 def _output_directions(
-    delta: Tensor,  # (o, d), scaled to order one
+    delta: Tensor,  # (o, d), scaled so that its energies are of order one
     metric: _Metric,
     rank: int,
 ) -> tuple[Tensor, Tensor]:  # U (o, rank), spectrum (min(o, d),)
@@ -141,7 +132,9 @@ def _output_directions(
     scaled = _scaled(delta, metric.values if is_wide else metric.root)
     gram = _lower_product(scaled, delta.T) if is_wide else _lower_product(scaled.T, scaled)
     eigenvalues, vectors = torch.linalg.eigh(gram)
-    top = _sharpen(delta, metric, eigenvalues, vectors, rank).flip(1)[:, :rank]
+    if delta.dtype == torch.float32 and eigenvalues[-1] > 2e4 * eigenvalues[-rank]:
+        return tuple(part.float() for part in _output_directions(delta.double(), _Metric(metric.values.double()), rank))
+    top = _sharpen(gram, eigenvalues, vectors, rank)[:, -rank:].flip(1)
     return top if is_wide else torch.linalg.qr(scaled @ top).Q, eigenvalues.flip(0).clamp(min=0)
 
 # %% ../../nbs/llm/10_eora.ipynb #ac80791c
@@ -188,9 +181,9 @@ def _solve(
     metric: _Metric,
 ) -> LowRankPath:
     "The best path in a metric; nothing is checked."
-    unit = _unit(delta)
+    unit = _unit(delta) * metric.unit
     U, spectrum = _output_directions(delta / unit, metric, rank)
-    return LowRankPath(*balance(U, U.T @ delta), spectrum * unit**2 * metric.scale)
+    return LowRankPath(*balance(U, U.T @ delta), spectrum * unit**2)
 
 # %% ../../nbs/llm/10_eora.ipynb #4651ac9e
 def low_rank_path(
@@ -275,11 +268,10 @@ def _solve_stack(
     "Paths of the layers behind one input."
     alpha = auto_shrinkage(statistics.n_tokens, statistics.in_features) if shrinkage == "auto" else shrinkage
     cov = shrink(statistics.second_moment, alpha) if alpha else statistics.second_moment
-    deltas = {name: (weight - compressed).float() for name, (weight, compressed) in weights.items()}
     if method == "eora-reference":
-        return {name: low_rank_path(delta, min(rank, *delta.shape), method, cov) for name, delta in deltas.items()}
+        return {n: low_rank_path(w - w_c, min(rank, *w.shape), method, cov) for n, (w, w_c) in weights.items()}
     metric = _Metric(_metric(method, statistics.in_features, cov, statistics.mean_abs, 1.0))
-    return {name: _solve(delta, min(rank, *delta.shape), metric) for name, delta in deltas.items()}
+    return {n: _solve((w - w_c).float(), min(rank, *w.shape), metric) for n, (w, w_c) in weights.items()}
 
 # %% ../../nbs/llm/10_eora.ipynb #79fecb07
 def solve_paths(
