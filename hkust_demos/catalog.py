@@ -98,10 +98,12 @@ def ready_methods() -> list[str]:
     return [name for name, method in METHODS.items() if method.ready]
 
 
-def markdown_table() -> str:
+def markdown_table(
+    root: str = "",  # path from the page to the root of the repository, such as "../"
+) -> str:
     "The table of all methods, for the README and the docs."
     rows = ["| method | what it claims | notebook | paper |", "| --- | --- | --- | --- |"]
     for m in METHODS.values():
-        page = f"[{m.notebook}]({m.notebook})" if m.ready else "coming"
+        page = f"[{m.notebook}]({root}{m.notebook})" if m.ready else "coming"
         rows.append(f"| **{m.title}** | {m.claim} | {page} | [{m.venue} {m.year}]({m.url}) |")
     return "\n".join(rows)

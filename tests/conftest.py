@@ -14,7 +14,8 @@ for name, value in {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRA
                     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
     os.environ.setdefault(name, value)
 
-import pytest  # noqa: E402  (the environment above comes before anything that reads it)
+import psutil  # noqa: E402  (the environment above comes before anything that reads it)
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -64,6 +65,12 @@ class Hub:
 
     def __init__(self, process, url, log, started_s):
         self.process, self.url, self.log_path, self.started_s = process, url, log, started_s
+        self.memory_at_start = self.memory()
+
+    def memory(self):
+        "Resident bytes of the server and its children."
+        process = psutil.Process(self.process.pid)
+        return sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])
 
     @property
     def log(self):
@@ -91,7 +98,9 @@ def hub(tmp_path_factory):
             if process.poll() is not None or waited > HUB_START_S:
                 pytest.fail(f"the hub did not answer on {url}/health after {waited:.0f} s:\n{log.read_text()[-3000:]}", pytrace=False)
             time.sleep(0.2)
-        yield Hub(process, url, log, time.monotonic() - begun)
+        started_s = time.monotonic() - begun
+        time.sleep(5)  # the libraries that the server imports after it answers belong to its start
+        yield Hub(process, url, log, started_s)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)

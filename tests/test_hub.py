@@ -3,7 +3,6 @@ import json
 import urllib.error
 import urllib.request
 
-import psutil
 import pytest
 from gradio_client import Client
 
@@ -39,9 +38,7 @@ def test_health(hub):
 
 
 def test_memory_after_the_start(hub):
-    process = psutil.Process(hub.process.pid)
-    total = sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])
-    assert total < 1.2e9
+    assert hub.memory_at_start < 1.2e9
 
 
 @pytest.mark.parametrize("address", ["/", "/eora/", "/notebooks/llm/10_eora"])

@@ -62,8 +62,8 @@ def metric_root(
     "A square root of the second moment: Cholesky, or eigenvectors where C has no rank to spare."
     scale = cov.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny).double()
     normal = cov.double() / scale
-    ridge = 1e-10 * torch.eye(len(cov), dtype=torch.float64, device=cov.device)
-    root, failed = torch.linalg.cholesky_ex(normal + ridge)
+    normal.diagonal().add_(1e-10)
+    root, failed = torch.linalg.cholesky_ex(normal)
     if failed:
         eigenvalues, eigenvectors = torch.linalg.eigh(normal)
         root = eigenvectors * eigenvalues.clamp(min=0).sqrt()
@@ -115,7 +115,8 @@ def _sharpen(gram: Tensor, eigenvalues: Tensor, vectors: Tensor, rank: int) -> T
     if rank == n or eigenvalues[-1] <= 2e4 * (eigenvalues[-rank] - eigenvalues[-rank - 1]):
         return vectors
     near = slice(n - min(rank + 64, n), n - max(rank - 64, 0))
-    W, half = torch.linalg.qr(vectors[:, near].double()).Q, gram.double().tril()
+    W, half = vectors[:, near].double(), gram.double().tril()
+    W = 1.5 * W - 0.5 * W @ (W.T @ W)  # orthonormal to double precision
     half.diagonal().mul_(0.5)
     energy = W.T @ half @ W
     vectors[:, near] = (W @ torch.linalg.eigh(energy + energy.T).eigenvectors).to(vectors)
