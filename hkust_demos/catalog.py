@@ -48,7 +48,7 @@ _LLM = [
 _VISION = [
     _method("d2ue", "D2UE", "vision/10_d2ue", 2024, "MICCAI", "https://arxiv.org/abs/2409.17485",
             "Revisiting Deep Ensemble Uncertainty for Enhanced Medical Anomaly Detection",
-            "Learners pushed apart on purpose disagree where a scan is abnormal, and their disagreement makes the map."),
+            "Learners pushed apart on purpose disagree where a scan is abnormal, and their disagreement makes the map.", ready=True),
     _method("ltuda", "LTUDA", "vision/20_ltuda", 2024, "arXiv", "https://arxiv.org/abs/2409.03228",
             "Labeled-to-Unlabeled Distribution Alignment for Partially-Supervised Multi-Organ Medical Image Segmentation",
             "One network learns all organs from data sets that label a few each, by aligning labeled and unlabeled pixels."),

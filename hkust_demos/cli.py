@@ -26,6 +26,7 @@ def _list(args: argparse.Namespace) -> list[Path]:
 def _study(args: argparse.Namespace) -> list[Path]:
     "Run a study and store it."
     study = importlib.import_module(get_method(args.method).module).study(quick=args.quick)
+    study = study.only(args.only) if args.only else study
     if args.quick and Path(args.out) == Path("results"):
         args.out = "results-quick"
     return study.write(args.out, args.seeds, quick=args.quick, progress=lambda variant, seed, row: print(
@@ -42,7 +43,7 @@ def _train(args: argparse.Namespace) -> list[Path]:
     module = importlib.import_module(get_method(args.method).module)
     if not hasattr(module, "train"):
         raise ValueError(f"{METHODS[args.method].title} needs no trained weights: nothing to do")
-    return module.train()
+    return module.train(**{name: getattr(args, name) for name in ("data", "out") if getattr(args, name) is not None})
 
 # %% ../nbs/03_cli.ipynb #f22612be
 def _demo(args: argparse.Namespace) -> list[Path]:
@@ -58,10 +59,13 @@ def _add_house_commands(commands, options: dict) -> None:
     study.add_argument("method", help="name in the catalog")
     study.add_argument("--seeds", type=int, default=3, help="how many seeds")
     study.add_argument("--out", default="results", help="folder; a table already there is resumed")
+    study.add_argument("--only", action="append", metavar="BEGINNING", help="run variants whose names begin so; may be given several times")
     study.add_argument("--quick", action="store_true", help="the small form of the notebook (default folder results-quick)")
     study.set_defaults(call=_study)
     train = commands.add_parser("train", help="train the weights a demo ships", **options)
     train.add_argument("method", help="name in the catalog")
+    train.add_argument("--data", default=None, help="your own training data, in the layout that the method's notebook tells")
+    train.add_argument("--out", default=None, help="folder for weights from your own data; the shipped ones otherwise")
     train.set_defaults(call=_train)
     commands.add_parser("prepare", help="convert the embedded model into the cache", **options).set_defaults(call=_prepare)
     demo = commands.add_parser("demo", help="serve all apps on this machine", **options)

@@ -14,7 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -60,13 +60,10 @@ class Study:
     run: Callable[[str, int, bool], dict[str, float]]
     baseline: str | dict[str, str] | None = None  # one variant for all, or one for each
     picture: Callable[[pd.DataFrame], object] | None = None  # table -> matplotlib figure
+    chosen: tuple[str, ...] = ()  # beginnings of the variants that `only` kept
 
     def __post_init__(self):
-        if len(set(self.variants)) != len(self.variants) or not self.variants:
-            raise ValueError(f"variants of {self.method} must be named, each once")
-        unknown = [b for b in self._baselines().values() if b not in self.variants]
-        if unknown:
-            raise ValueError(f"baseline {unknown[0]!r} is no variant of {self.method}")
+        _check_study(self)
 
     def _baselines(self) -> dict[str, str]:
         "Variant -> the variant it is compared with."
@@ -83,6 +80,13 @@ class Study:
     ) -> pd.DataFrame:  # columns variant, seed, quick and the metrics
         "Run what is missing and return one row a variant and seed."
         return _run_table(self, seeds, quick, path, progress)
+
+    def only(
+        self,
+        beginnings: Iterable[str],  # of the names of variants, such as "dense/"
+    ) -> "Study":
+        "The same study with some of its variants, for a machine that has no time for all."
+        return _part(self, tuple(beginnings))
 
     def summary(
         self,
@@ -103,6 +107,24 @@ class Study:
     ) -> list[Path]:  # files written
         "Run the study (or what is missing of it) and store table, record and picture."
         return _write_study(self, Path(folder), seeds, quick, progress)
+
+# %% ../nbs/01_study.ipynb #7344c879
+def _check_study(study: Study) -> None:
+    "Refuse names that are missing or stand twice."
+    if len(set(study.variants)) != len(study.variants) or not study.variants:
+        raise ValueError(f"variants of {study.method} must be named, each once")
+    unknown = [b for b in study._baselines().values() if b not in study.variants]
+    if unknown:
+        raise ValueError(f"baseline {unknown[0]!r} is no variant of {study.method}")
+
+
+def _part(study: Study, beginnings: tuple[str, ...]) -> Study:
+    "A study with the variants that begin so."
+    kept = [v for v in study.variants if v.startswith(beginnings)]
+    if not kept:
+        raise ValueError(f"no variant of {study.method} begins with {' or '.join(beginnings)}; some are {', '.join(study.variants[:4])}")
+    baselines = {v: b for v, b in study._baselines().items() if v in kept and b in kept}
+    return replace(study, variants=kept, baseline=baselines or None, chosen=beginnings)
 
 # %% ../nbs/01_study.ipynb #144fe0c1
 def _run_table(study: Study, seeds: int | Iterable[int], quick: bool, path, progress) -> pd.DataFrame:
@@ -127,7 +149,7 @@ def _write_study(study: Study, folder: Path, seeds, quick: bool, progress) -> li
     folder.mkdir(parents=True, exist_ok=True)
     started, paths = time.time(), [folder / f"{study.method}.{kind}" for kind in ("csv", "json", "png")]
     table = study.table(seeds, quick=quick, path=paths[0], progress=progress)
-    record = _record(study.method, sorted(set(table.seed.tolist())), quick, time.time() - started)
+    record = _record(study, sorted(set(table.seed.tolist())), quick, time.time() - started)
     paths[1].write_text(json.dumps(record, indent=2) + "\n")
     if study.picture is None:
         return paths[:2]
@@ -172,7 +194,7 @@ def _compare(table: pd.DataFrame, variant: str, metric: str, baseline: str | Non
     return line
 
 # %% ../nbs/01_study.ipynb #e06f1469
-def _record(method: str, seeds: list[int], quick: bool, seconds: float) -> dict:
+def _record(study: Study, seeds: list[int], quick: bool, seconds: float) -> dict:
     "What made the table: command, date, machine, versions."
     versions = {}
     for package in ("hkust-demos", "torch", "transformers", "peft", "numpy"):
@@ -180,7 +202,8 @@ def _record(method: str, seeds: list[int], quick: bool, seconds: float) -> dict:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    command = f"hkust-demos study {method} --seeds {len(seeds)}" + (" --quick" if quick else "")
+    command = f"hkust-demos study {study.method} --seeds {len(seeds)}" + (" --quick" if quick else "")
+    command += "".join(f" --only {beginning}" for beginning in study.chosen)
     return {"command": command, "seeds": seeds, "quick": quick, "seconds_of_last_call": round(seconds),
             "date": datetime.now(timezone.utc).date().isoformat(), "python": platform.python_version(),
             "machine": platform.machine(), "cpus": os.cpu_count(), "versions": versions}

@@ -41,14 +41,17 @@ def test_memory_after_the_start(hub):
     assert hub.memory_at_start < 1.2e9
 
 
-@pytest.mark.parametrize("address", ["/", "/eora/", "/notebooks/llm/10_eora"])
+BUTTONS = {"/eora/": "Compress and repair", "/d2ue/": "Examine"}
+
+
+@pytest.mark.parametrize("address", ["/", *BUTTONS, "/notebooks/llm/10_eora", "/notebooks/vision/10_d2ue"])
 @pytest.mark.parametrize("size", SIZES)
 def test_pages_open_without_error_or_outside_request(hub, page, address, size):
     page.set_viewport_size(SIZES[size])
     page.goto(f"{hub.url}{address}")
-    page.get_by_text("EoRA").first.wait_for()
-    if address == "/eora/":
-        page.get_by_role("button", name="Compress and repair").wait_for()
+    page.get_by_text("D2UE" if "d2ue" in address else "EoRA").first.wait_for()
+    if address in BUTTONS:
+        page.get_by_role("button", name=BUTTONS[address]).wait_for()
     page.wait_for_timeout(2000)  # a Gradio page keeps a line open, so it never falls idle
     assert page.console_errors == [] and page.outside == []
     assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size]["width"]
@@ -77,6 +80,14 @@ def test_a_person_presses_the_button(hub, page):
     page.get_by_role("button", name="Compress and repair").click()
     page.get_by_text("neither a folder").first.wait_for(timeout=60_000)
     assert page.outside == []
+
+
+def test_a_person_paints_a_lesion_and_sees_the_maps(hub, page):
+    page.goto(f"{hub.url}/d2ue/")
+    page.get_by_role("button", name="Examine").click()
+    page.get_by_text("Against the painted lesion").wait_for(timeout=60_000)
+    page.locator(".js-plotly-plot").nth(1).wait_for()
+    assert page.get_by_text("Not for diagnosis").count() and page.console_errors == [] and page.outside == []
 
 
 @pytest.mark.parametrize("address", ["/notebooks/../settings.ini", "/notebooks/%2e%2e/settings", "/notebooks//etc/passwd", "/gallery/..%2f..%2fcli.png",

@@ -41,7 +41,7 @@ def house_theme() -> gr.themes.Base:
 
 def mount_settings() -> dict:
     "Settings of every mounted app: look, upload limit, visible errors."
-    return {"theme": house_theme(), "css": CSS, "max_file_size": "6mb", "show_error": True}
+    return {"theme": house_theme(), "css": CSS, "max_file_size": "100mb", "show_error": True}
 
 # %% ../../nbs/apps/00_common.ipynb #70fa566b
 MEDICAL = ("vision", "federated")
@@ -72,7 +72,8 @@ def _sentence(error: Exception) -> gr.Error:
         return error
     if isinstance(error, KNOWN_ERRORS) and str(error):
         text = str(error).replace(os.path.expanduser("~"), "~")
-        return gr.Error(text[:1].upper() + text[1:], print_exception=False)
+        begins_with_a_word = text.split(maxsplit=1)[0].isalpha()  # and not with the name of a file
+        return gr.Error(text[:1].upper() + text[1:] if begins_with_a_word else text, print_exception=False)
     number = uuid.uuid4().hex[:8]
     log.error("unforeseen error %s", number, exc_info=error)
     return gr.Error(f"Something unforeseen happened (number {number} in the server's log). Please try the default settings.",

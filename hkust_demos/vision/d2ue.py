@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENTROPY_WEIGHT', 'linear_cka', 'repulsion_loss', 'reconstruction_loss', 'EnsembleResult', 'layer_features',
            'train_ensemble', 'cka_matrix', 'UncertaintyMaps', 'dual_space_uncertainty', 'image_scores',
-           'detection_report']
+           'detection_report', 'study', 'train', 'add_arguments', 'run_command']
 
 # %% ../../nbs/vision/10_d2ue.ipynb #6796f6f2
 from argparse import ArgumentParser, Namespace
@@ -189,7 +189,14 @@ def _learner_maps(learner: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, Te
     log_var = torch.zeros_like(image) if output.log_var is None else output.log_var.detach()
     return output.recon.detach(), log_var, gradient
 
-# %% ../../nbs/vision/10_d2ue.ipynb #03bbe876
+# %% ../../nbs/vision/10_d2ue.ipynb #45e672db
+def _spread(values: Tensor) -> Tensor:
+    "Unbiased standard deviation over the first axis."
+    values = values - values[0]
+    values = values - values.mean(0)
+    return (values.square().sum(0) / (len(values) - 1)).sqrt()
+
+# %% ../../nbs/vision/10_d2ue.ipynb #1603bd22
 def _combine(image: Tensor, recon: Tensor, log_var: Tensor, gradient: Tensor) -> UncertaintyMaps:
     "Maps from stacked (K, B, C, H, W) answers of the learners."
     noise = torch.exp(log_var).mean(0)
@@ -197,8 +204,8 @@ def _combine(image: Tensor, recon: Tensor, log_var: Tensor, gradient: Tensor) ->
     average = lambda values: values.mean(-3)
     return UncertaintyMaps(
         single=average(residual[0].square() * torch.exp(-log_var[0])), ensemble_error=average((recon.mean(0) - image).square() / noise),
-        output_std=average((recon.var(0) / noise).sqrt()), input_std=average(gradient.std(0)),
-        dual=average((residual.abs() * gradient / root).std(0)), recon=average(recon), gradient=average(gradient))
+        output_std=average(_spread(recon) / root), input_std=average(_spread(gradient)),
+        dual=average(_spread(residual.abs() * gradient / root)), recon=average(recon), gradient=average(gradient))
 
 # %% ../../nbs/vision/10_d2ue.ipynb #8e2a86ea
 def dual_space_uncertainty(
@@ -257,3 +264,27 @@ def detection_report(
         values, truth = np.asarray(maps, float).ravel(), np.asarray(masks, bool).ravel()
         found.update(pixel_auroc=roc_auc_score(truth, values), pixel_ap=average_precision_score(truth, values), pixel_dice=_best_dice(values, truth))
     return {name: float(value) for name, value in found.items()}
+
+# %% ../../nbs/vision/10_d2ue.ipynb #b6014329
+def study(quick: bool = False):  # -> Study
+    "The study behind this page; see `hkust_demos.vision.d2ue_study`."
+    from hkust_demos.vision.d2ue_study import build_study
+    return build_study(quick)
+
+
+def train(**options) -> list[Path]:
+    "Train the ensembles that the demo ships, or yours; see `hkust_demos.vision.d2ue_apply`."
+    from hkust_demos.vision import d2ue_apply
+    return d2ue_apply.train(**options)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    "Options of `hkust-demos d2ue`; see `hkust_demos.vision.d2ue_apply`."
+    from hkust_demos.vision import d2ue_apply
+    d2ue_apply.add_arguments(parser)
+
+
+def run_command(args: Namespace) -> list[Path]:
+    "Run `hkust-demos d2ue`; returns the paths written."
+    from hkust_demos.vision import d2ue_apply
+    return d2ue_apply.run_command(args)

@@ -90,13 +90,13 @@ def trivial_maps(
     return left.square()[:, 0]
 
 # %% ../../nbs/vision/11_d2ue_study.ipynb #c5a2db41
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
 def _pictures(setting: str, seed: int, quick: bool) -> Pictures:
     "The pictures of a setting and seed."
     return Pictures(SETTINGS[setting]["size"], SETTINGS[setting].get("regime", "easy"), seed, quick)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
 def _plain(setting: str, seed: int, quick: bool) -> EnsembleResult:
     "The ensemble without repulsion."
     return _train(setting, seed, quick, repulsion=0.0)
@@ -109,7 +109,7 @@ def _train(setting: str, seed: int, quick: bool, **options) -> EnsembleResult:
                           model_fn=s["model_fn"], **options)
 
 # %% ../../nbs/vision/11_d2ue_study.ipynb #41126637
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=16)
 def _maps(setting: str, kind: str, seed: int, quick: bool) -> tuple[UncertaintyMaps, float, float]:
     "Maps of all test pictures, similarity of the learners, error on healthy pictures."
     plain, pictures = _plain(setting, seed, quick), _pictures(setting, seed, quick)

@@ -1,0 +1,230 @@
+"Properties of D2UE beyond those that its notebooks show."
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hkust_demos.data.phantoms import mni_slices, paint_lesion
+from hkust_demos.data.scans import Scan, read_scan, slice_of, write_scan
+from hkust_demos.vision.autoencoders import ConvAutoencoder, DenseAutoencoder, ReconstructionOutput
+from hkust_demos.vision.d2ue import (cka_matrix, detection_report, dual_space_uncertainty, image_scores, linear_cka, reconstruction_loss,
+                                     repulsion_loss, train_ensemble)
+from hkust_demos.vision.d2ue_apply import (examine, examine_scan, from_learner, load_ensemble, to_learner, truth_report)
+
+
+def signed(pictures):
+    "[0, 1] pictures as a batch in [-1, 1]."
+    return torch.from_numpy(np.asarray(pictures, np.float32))[:, None] * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def healthy():
+    "Healthy slices of 32 pixels."
+    return signed(mni_slices(192, 0, size=32).images)
+
+
+def oracle_cka(x, y):
+    "Centered kernel alignment as the literature writes it, with the centering matrix, in NumPy."
+    n = len(x)
+    H = np.eye(n) - np.ones((n, n)) / n
+    hsic = lambda a, b: np.sum((H @ a @ a.T @ H) * (H @ b @ b.T @ H))
+    return hsic(x, y) / np.sqrt(hsic(x, x) * hsic(y, y))
+
+
+@pytest.mark.parametrize("widths", [(3, 5), (40, 5), (60, 70)])
+def test_cka_agrees_with_the_textbook(widths):
+    generator = np.random.default_rng(0)
+    x, y = (generator.normal(size=(30, width)) for width in widths)
+    assert abs(linear_cka(torch.from_numpy(x), torch.from_numpy(y)).item() - oracle_cka(x, y)) < 1e-12
+    assert 0 <= oracle_cka(x, y) <= 1
+
+
+def test_cka_of_constant_features_has_a_finite_gradient():
+    x = torch.ones(10, 4, requires_grad=True)
+    loss = linear_cka(x, torch.randn(10, 3))
+    loss.backward()
+    assert loss.item() == 0 and torch.isfinite(x.grad).all()
+
+
+def test_small_samples_flatter():
+    generator = torch.Generator().manual_seed(0)
+    values = [linear_cka(*(torch.randn(64, 16, generator=generator) for _ in range(2))).item() for _ in range(50)]
+    assert abs(np.mean(values) - 16 / (16 + 64)) < 0.02
+
+
+def test_repulsion_is_the_mean_over_seniors():
+    x, *seniors = torch.randn(4, 20, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.isclose(repulsion_loss(x, seniors), torch.stack([linear_cka(x, s) for s in seniors]).mean())
+
+
+def test_seniors_do_not_change_while_a_junior_learns(healthy):
+    first = train_ensemble(healthy, 1, 0.0, epochs=2, model_fn=DenseAutoencoder)
+    before = copy.deepcopy(first.learners[0].state_dict())
+    both = train_ensemble(healthy, 2, 1.0, epochs=2, model_fn=DenseAutoencoder, seniors=first.learners)
+    assert all(torch.equal(before[name], value) for name, value in both.learners[0].state_dict().items())
+    assert [record["learner"] for record in both.history] == [1, 1]
+
+
+def test_training_is_deterministic_and_seeds_differ(healthy):
+    runs = [train_ensemble(healthy, 1, 0.0, epochs=1, seed=seed, model_fn=DenseAutoencoder).learners[0].state_dict() for seed in (3, 3, 4)]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert not torch.equal(runs[0]["blocks.0.0.weight"], runs[2]["blocks.0.0.weight"])
+
+
+def test_repulsion_lowers_held_out_similarity_at_a_bounded_price(healthy):
+    held_out = signed(mni_slices(96, 9, size=32).images)
+    plain = train_ensemble(healthy, 2, 0.0, epochs=60, lr=1e-3, model_fn=DenseAutoencoder)
+    pushed = train_ensemble(healthy, 2, 1.0, epochs=60, lr=1e-3, model_fn=DenseAutoencoder, seniors=plain.learners[:1])
+    before, after = (cka_matrix(run.learners, held_out)[0, 1].item() for run in (plain, pushed))
+    error = [(dual_space_uncertainty(run.learners, held_out).recon[1] - held_out[:, 0]).square().mean().item() for run in (plain, pushed)]
+    assert before - after > 0.5 and error[1] < 2 * error[0]
+
+
+class Linear(nn.Module):
+    "f(x) = A x on flattened pixels: the map has a closed form."
+    layers = ("z",)
+
+    def __init__(self, seed, n=36):
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) / n)
+
+    def forward(self, image):
+        return ReconstructionOutput((image.flatten(1) @ self.A.T).view_as(image), [image.flatten(1)])
+
+
+def test_a_linear_learner_has_the_closed_form():
+    x = torch.rand(5, 1, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+    learners = [Linear(seed) for seed in range(3)]
+    flat, parts = x.flatten(1), []
+    for learner in learners:
+        e = flat @ learner.A.T - flat
+        parts.append(e.abs() * (e.sign() @ learner.A - e.sign()) / 36)
+    expected = torch.stack(parts).std(0).view(5, 6, 6)
+    assert torch.allclose(dual_space_uncertainty(learners, x).dual, expected, atol=1e-15)
+
+
+@pytest.mark.parametrize("variant", ["ae", "aeu", "memae"])
+def test_batches_do_not_change_the_maps(variant):
+    torch.manual_seed(0)
+    learners = [ConvAutoencoder(32, base_width=4, hidden=16, variant=variant).double().train() for _ in range(2)]
+    x = torch.rand(6, 1, 32, 32, dtype=torch.float64) * 2 - 1
+    whole, alone = dual_space_uncertainty(learners, x), dual_space_uncertainty(learners, x, batch_size=1)
+    for name in vars(whole):
+        assert torch.allclose(getattr(whole, name), getattr(alone, name), atol=1e-12)
+    assert all(learner.training for learner in learners) and all(p.grad is None for l in learners for p in l.parameters())
+
+
+def test_identical_learners_never_disagree():
+    learner = ConvAutoencoder(32, base_width=4, hidden=16)
+    maps = dual_space_uncertainty([learner] * 3, torch.rand(2, 1, 32, 32) * 2 - 1)
+    assert max(maps.output_std.max(), maps.input_std.max(), maps.dual.max()) == 0
+
+
+@pytest.mark.parametrize("bad, sentence", [(torch.rand(4, 1, 32, 32) * 3, "must lie in"), (torch.full((4, 1, 32, 32), float("inf")), "NaN"),
+                                           (torch.zeros(4, 32, 32), "shape")])
+def test_bad_images_are_refused(bad, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        dual_space_uncertainty([DenseAutoencoder(), DenseAutoencoder()], bad)
+
+
+def test_learners_of_another_shape_are_refused():
+    with pytest.raises((ValueError, RuntimeError)):
+        dual_space_uncertainty([DenseAutoencoder(), DenseAutoencoder(16)], torch.zeros(2, 1, 32, 32))
+
+
+def test_losses_are_finite_for_extreme_variance():
+    output = ReconstructionOutput(torch.zeros(1, 1, 2, 2), [], torch.full((1, 1, 2, 2), 20.0))
+    assert torch.isfinite(reconstruction_loss(output, torch.ones(1, 1, 2, 2)))
+
+
+def test_scores_of_the_brightest_pixels():
+    maps = torch.arange(100.0).view(1, 10, 10)
+    assert image_scores(maps, 0.1).item() == pytest.approx(94.5) and image_scores(maps).item() == pytest.approx(49.5)
+    with pytest.raises(ValueError, match="top is 0"):
+        image_scores(maps, 0)
+
+
+def test_report_of_a_random_map_is_chance():
+    generator = np.random.default_rng(0)
+    found = detection_report(torch.from_numpy(generator.random(2000)), generator.integers(0, 2, 2000))
+    assert abs(found["image_auroc"] - 0.5) < 0.05
+
+
+# ---- the shipped learners ----
+
+@pytest.fixture(scope="module")
+def ensemble():
+    "The shipped pushed ensemble."
+    return load_ensemble("rar")
+
+
+def test_the_card_tells_where_the_weights_come_from():
+    from hkust_demos.checkpoints import load_checkpoint, shipped_folder
+    tensors, card = load_checkpoint(shipped_folder("d2ue"))
+    assert card["command"] == "hkust-demos train d2ue" and card["bytes"] < 3e6
+    assert card["metrics"]["cka_rar"] < 0.1 < 0.5 < card["metrics"]["cka_plain"]
+    assert tensors["rar.scores.dual"].shape == (card["n_held_out"],)
+
+
+def test_healthy_slices_are_ordinary_and_lesions_are_not(ensemble):
+    fresh, sick = mni_slices(60, 77).images, mni_slices(60, 77, lesions=True).images
+    ordinary = [f.percentile("ensemble_error") for f in examine(list(fresh), ensemble)]
+    strange = [f.percentile("ensemble_error") for f in examine(list(sick), ensemble)]
+    assert np.mean(strange) > np.mean(ordinary) + 15
+
+
+def test_the_map_points_at_a_painted_lesion(ensemble):
+    scores = []
+    for seed in range(12):
+        picture, mask = paint_lesion(mni_slices(1, 300 + seed).images[0], (28, 36), 6, contrast=0.4)
+        scores.append(truth_report(examine(picture, ensemble)[0], mask)["pixel_auroc"])
+    assert np.mean(scores) > 0.75
+
+
+@pytest.mark.parametrize("kind", ["checkerboard", "noise", "ramp"])
+def test_another_kind_of_picture_is_warned_about(ensemble, kind):
+    rows, columns = np.mgrid[:128, :128]
+    picture = {"checkerboard": ((rows // 16 + columns // 16) % 2), "ramp": (columns / 127) ** 3,
+               "noise": np.random.default_rng(0).random((128, 128))}[kind].astype(np.float32)
+    assert "looks like something else" in (examine(picture, ensemble)[0].warning or "")
+
+
+def test_a_volume_comes_back_on_its_own_grid(ensemble, tmp_path):
+    import nibabel
+    volume = np.zeros((70, 80, 6), np.float32)
+    for k in range(1, 5):
+        slice_of(volume, "axial", k)[8:72, 3:67] = mni_slices(1, k).images[0]
+    affine = np.array([[-2, 0, 0, 70], [0, 0, 2, -60], [0, 2.5, 0, -30], [0, 0, 0, 1.0]])
+    nibabel.Nifti1Image(volume.transpose(0, 2, 1)[::-1], affine).to_filename(tmp_path / "scan.nii.gz")
+    scan = read_scan(tmp_path / "scan.nii.gz")
+    anomaly_map, findings = examine_scan(scan, ensemble)
+    write_scan(anomaly_map, tmp_path / "map.nii.gz", like=scan)
+    back = nibabel.load(tmp_path / "map.nii.gz")
+    assert back.shape == (70, 6, 80) and np.allclose(back.affine, affine) and len(findings) == 4
+
+
+def test_the_way_back_keeps_the_place():
+    picture = np.zeros((90, 130), np.float32)
+    picture[20:80, 50:110] = mni_slices(1, 1, size=60).images[0]
+    square, frame = to_learner(picture)
+    again = from_learner((square[0, 0] + 1) / 2, frame)
+    head = picture > 0.2
+    assert again.shape == picture.shape and np.corrcoef(again[head], picture[head])[0, 1] > 0.9
+
+
+def test_the_command_writes_map_and_report(tmp_path):
+    from hkust_demos.vision.d2ue_apply import add_arguments, run_command
+    from argparse import ArgumentParser
+    parser = ArgumentParser()
+    add_arguments(parser)
+    like = Scan(mni_slices(1, 5).images[0], None, np.eye(4), "MR", "")
+    write_scan(like, tmp_path / "slice.png", like=like)
+    paths = run_command(parser.parse_args([str(tmp_path / "slice.png"), "--score", "output_std", "--out", str(tmp_path / "maps")]))
+    report = json.loads(paths[1].read_text())
+    assert report["score_name"] == "output_std" and report["not_for_diagnosis"] and 0 <= report["healthy_percentile"] <= 100
+    assert read_scan(paths[0]).array.shape == (64, 64)
+    with pytest.raises(FileExistsError, match="--force"):
+        run_command(parser.parse_args([str(tmp_path / "slice.png"), "--out", str(tmp_path / "maps")]))
