@@ -22,7 +22,8 @@ plotly.io.renderers.default = "plotly_mimetype"
 COLORS = {"ours": "#0072B2", "baseline": "#8A8A8A", "second": "#E69F00", "third": "#009E73", "fourth": "#CC79A7",
           "fifth": "#56B4E9", "warn": "#D55E00"}
 ROLES = {"eora": "ours", "svd": "baseline", "act-s": "second", "rms": "third", "predicted": "fifth", "pruned": "warn",
-         "weight": "baseline", "output": "ours"}
+         "weight": "baseline", "d2ue": "ours", "dsu": "fifth", "repulsion": "fourth", "spread": "baseline", "reconstruction": "second",
+         "output": "ours"}
 PAPER = {False: {"ink": "#1F2933", "soft": "#5F6B76", "grid": "#DDE3E8", "paper": "#FFFFFF"},
          True: {"ink": "#E6EAEE", "soft": "#A7B1BA", "grid": "#36424D", "paper": "#14191F"}}
 
