@@ -93,6 +93,9 @@ def test_study_writes_table_and_record(tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "eora.csv").read_text().splitlines()) == 5
     assert json.loads((tmp_path / "eora.json").read_text())["command"] == "hkust-demos study eora --seeds 2"
     assert str(tmp_path / "eora.csv") in capsys.readouterr().out
+    assert cli.main(["study", "eora", "--seeds", "2", "--only", "b", "--out", str(tmp_path / "part")]) == 0
+    assert json.loads((tmp_path / "part" / "eora.json").read_text())["command"] == "hkust-demos study eora --seeds 2 --only b"
+    assert cli.main(["study", "eora", "--only", "zebra", "--out", str(tmp_path / "none")]) == 2
 
 
 def test_train_says_that_nothing_is_needed(capsys):

@@ -228,3 +228,21 @@ def test_the_command_writes_map_and_report(tmp_path):
     assert read_scan(paths[0]).array.shape == (64, 64)
     with pytest.raises(FileExistsError, match="--force"):
         run_command(parser.parse_args([str(tmp_path / "slice.png"), "--out", str(tmp_path / "maps")]))
+
+
+def test_your_own_healthy_pictures_train_an_ensemble(tmp_path):
+    from hkust_demos.vision.d2ue_apply import train
+    like = Scan(mni_slices(1, 0).images[0], None, np.eye(4), "MR", "")
+    (tmp_path / "images").mkdir()
+    names = [f"{i:03}.png" for i in range(72)]
+    for name, picture in zip(names, mni_slices(72, 0).images):
+        write_scan(picture, tmp_path / "images" / name, like=like, bits=8)
+    (tmp_path / "data.json").write_text(json.dumps({"train": {"0": names}}))
+    paths = train(str(tmp_path), str(tmp_path / "mine"), epochs=1)
+    card = json.loads(paths[1].read_text())
+    assert (card["n_train"], card["n_held_out"]) == (64, 8) and str(tmp_path) not in paths[1].read_text()
+    mine = load_ensemble("plain", str(tmp_path / "mine"))
+    assert len(mine.learners) == 3 and examine(mni_slices(1, 3).images[0], mine)[0].map().shape == (64, 64)
+    (tmp_path / "images" / "005.png").unlink()
+    with pytest.raises(FileNotFoundError, match="005.png"):
+        train(str(tmp_path), str(tmp_path / "again"), epochs=1)
