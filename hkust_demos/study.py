@@ -150,11 +150,19 @@ def _write_study(study: Study, folder: Path, seeds, quick: bool, progress) -> li
     started, paths = time.time(), [folder / f"{study.method}.{kind}" for kind in ("csv", "json", "png")]
     table = study.table(seeds, quick=quick, path=paths[0], progress=progress)
     record = _record(study, sorted(set(table.seed.tolist())), quick, time.time() - started)
+    record["command"] = " && ".join(dict.fromkeys([*_earlier_commands(paths[1]), record["command"]]))
     paths[1].write_text(json.dumps(record, indent=2) + "\n")
-    if study.picture is None:
+    everything = pd.read_csv(paths[0])
+    figure = study.picture(everything[everything.quick.astype(bool) == quick]) if study.picture else None
+    if figure is None:
         return paths[:2]
-    study.picture(table).savefig(paths[2], dpi=100, metadata={"Software": None})
+    figure.savefig(paths[2], dpi=100, metadata={"Software": None})
     return paths
+
+
+def _earlier_commands(path: Path) -> list[str]:
+    "Commands that wrote into this table before."
+    return json.loads(path.read_text())["command"].split(" && ") if path.exists() else []
 
 # %% ../nbs/01_study.ipynb #d6af6cee
 def _read_rows(path: str | Path | None, metrics: list[str], quick: bool) -> dict[tuple[str, int], dict[str, float]]:

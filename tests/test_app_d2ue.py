@@ -13,7 +13,7 @@ from PIL import Image
 
 from hkust_demos.data.phantoms import mni_slices
 
-CHOICES = dict(source="paint a lesion", upload=None, index=0, frame=0, seed=7, kind="hyper", row=26, column=38, radius=5, contrast=0.3,
+CHOICES = dict(source="paint a lesion", upload=None, index=-1, frame=None, seed=7, kind="hyper", row=26, column=38, radius=5, contrast=0.3,
                ensemble="pushed apart (RAR)", score="dual-space uncertainty (D2UE)", quantile=0.99, opacity=0.6)
 
 
@@ -71,11 +71,27 @@ def test_a_volume_fits_its_slider(client, tmp_path):
     volume = np.zeros((64, 64, 9), np.float32)
     volume[:, :, 4] = mni_slices(1, 5).images[0].T[::-1, ::-1]
     nibabel.Nifti1Image(volume, np.eye(4)).to_filename(tmp_path / "brain.nii.gz")
-    slider, about = client.predict(handle_file(tmp_path / "brain.nii.gz"), 0, api_name="/inspect")
+    slider, about = client.predict(handle_file(tmp_path / "brain.nii.gz"), None, api_name="/inspect")
     assert slider["maximum"] == 8 and slider["value"] == 4 and "64 x 64 x 9" in about
     assert "healthy slices" in upload(client, tmp_path / "brain.nii.gz", index=4)[0]
+    assert "healthy slices" in upload(client, tmp_path / "brain.nii.gz")[0]
     with pytest.raises(AppError, match="constant"):
         upload(client, tmp_path / "brain.nii.gz", index=0)
+
+
+def test_a_frame_is_asked_for_and_taken(client, tmp_path):
+    series = np.zeros((64, 64, 3, 2), np.float32)
+    series[:, :, 1, 0] = mni_slices(1, 5).images[0].T[::-1, ::-1]
+    nibabel.Nifti1Image(series, np.eye(4)).to_filename(tmp_path / "series.nii.gz")
+    with pytest.raises(AppError, match="frame"):
+        upload(client, tmp_path / "series.nii.gz")
+    assert "healthy slices" in upload(client, tmp_path / "series.nii.gz", frame=0)[0]
+
+
+def test_a_ribbon_is_refused_before_it_costs_memory(client, tmp_path):
+    Image.fromarray(np.zeros((20, 60_000), np.uint8)).save(tmp_path / "ribbon.png")
+    with pytest.raises(AppError, match="4096"):
+        upload(client, tmp_path / "ribbon.png")
 
 
 def huge_header(path):

@@ -95,6 +95,9 @@ def test_study_writes_table_and_record(tmp_path, monkeypatch, capsys):
     assert str(tmp_path / "eora.csv") in capsys.readouterr().out
     assert cli.main(["study", "eora", "--seeds", "2", "--only", "b", "--out", str(tmp_path / "part")]) == 0
     assert json.loads((tmp_path / "part" / "eora.json").read_text())["command"] == "hkust-demos study eora --seeds 2 --only b"
+    assert cli.main(["study", "eora", "--seeds", "2", "--only", "a", "--out", str(tmp_path / "part")]) == 0
+    assert json.loads((tmp_path / "part" / "eora.json").read_text())["command"] == (
+        "hkust-demos study eora --seeds 2 --only b && hkust-demos study eora --seeds 2 --only a")
     assert cli.main(["study", "eora", "--only", "zebra", "--out", str(tmp_path / "none")]) == 2
 
 

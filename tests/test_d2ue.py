@@ -49,6 +49,12 @@ def test_cka_of_constant_features_has_a_finite_gradient():
     assert loss.item() == 0 and torch.isfinite(x.grad).all()
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e4, 1e8])
+def test_cka_does_not_depend_on_scale(scale):
+    x = torch.randn(64, 300, generator=torch.Generator().manual_seed(0))
+    assert abs(linear_cka(scale * x, x).item() - 1) < 1e-5 and abs(linear_cka(scale * x, scale * x).item() - 1) < 1e-5
+
+
 def test_small_samples_flatter():
     generator = torch.Generator().manual_seed(0)
     values = [linear_cka(*(torch.randn(64, 16, generator=generator) for _ in range(2))).item() for _ in range(50)]
@@ -243,6 +249,30 @@ def test_your_own_healthy_pictures_train_an_ensemble(tmp_path):
     assert (card["n_train"], card["n_held_out"]) == (64, 8) and str(tmp_path) not in paths[1].read_text()
     mine = load_ensemble("plain", str(tmp_path / "mine"))
     assert len(mine.learners) == 3 and examine(mni_slices(1, 3).images[0], mine)[0].map().shape == (64, 64)
+    with pytest.raises(FileExistsError, match="already"):
+        train(str(tmp_path), str(tmp_path / "mine"), epochs=1)
     (tmp_path / "images" / "005.png").unlink()
     with pytest.raises(FileNotFoundError, match="005.png"):
         train(str(tmp_path), str(tmp_path / "again"), epochs=1)
+
+
+@pytest.mark.parametrize("content, sentence", [({"train": ["a.png"]}, "no list"), ({"train": {"0": []}}, "no list"), ([], "no list"),
+                                               ({"train": {"0": ["/etc/passwd"]}}, "bare file names")])
+def test_bad_lists_are_sentences(tmp_path, content, sentence):
+    from hkust_demos.vision.d2ue_apply import OneClassImageFolder
+    (tmp_path / "images").mkdir()
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=sentence):
+        OneClassImageFolder(tmp_path)
+
+
+def test_weights_of_something_else_are_refused(tmp_path):
+    from hkust_demos.checkpoints import save_checkpoint
+    save_checkpoint(tmp_path / "other", {"weight": torch.zeros(3)}, dict(command="", data="", seed=0, metrics={}))
+    with pytest.raises(ValueError, match="something else"):
+        load_ensemble("rar", str(tmp_path / "other"))
+
+
+def test_names_of_other_rooms_are_handed_on():
+    from hkust_demos.vision.d2ue import OneClassImageFolder, mni_slices as slices, read_image
+    assert slices is mni_slices and OneClassImageFolder and read_image

@@ -9,6 +9,7 @@ __all__ = ['LABELS', 'ENSEMBLES', 'KINDS', 'build']
 from .common import footer, header, user_errors
 
 # %% ../../nbs/apps/20_d2ue.ipynb #b9698091
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def _uploaded(upload, index, frame):
     from hkust_demos.data import scans
     if not upload:
         raise ValueError("the source is 'my scan', but no file was uploaded: add one, or choose 'paint a lesion'")
-    scan = scans.read_scan(upload, frame=int(frame) if frame else None)
+    scan = scans.read_scan(upload, frame=None if frame is None else int(frame))
     return scan, scans.slice_of(scan, "axial", int(index) if index is not None and index >= 0 and scan.array.ndim == 3 else None), None
 
 # %% ../../nbs/apps/20_d2ue.ipynb #39d33db3
@@ -50,12 +51,12 @@ def _uploaded(upload, index, frame):
 def _inspect(upload, frame):
     "Slider of the slices, and a sentence on the file."
     if not upload:
-        return gr.Slider(minimum=0, maximum=1, value=0, interactive=False), ""
+        return gr.Slider(minimum=-1, maximum=1, value=-1, interactive=False), ""
     from hkust_demos.data import scans
-    scan = scans.read_scan(upload, frame=int(frame) if frame else None)
+    scan = scans.read_scan(upload, frame=None if frame is None else int(frame))
     n = scan.array.shape[2] if scan.array.ndim == 3 else 1
     text = f"{scan.source}, modality {scan.modality}, {' x '.join(map(str, scan.array.shape))}"
-    return gr.Slider(minimum=0, maximum=max(n - 1, 1), value=n // 2, step=1, interactive=n > 1), text
+    return gr.Slider(minimum=-1, maximum=max(n - 1, 1), value=n // 2 if n > 1 else -1, step=1, interactive=n > 1), text
 
 # %% ../../nbs/apps/20_d2ue.ipynb #e64fd6ef
 def _sentence(finding, score, mask, quantile) -> str:
@@ -101,7 +102,9 @@ def _download(source, upload, index, frame, seed, kind, row, column, radius, con
     home = Path(tempfile.mkdtemp())
     (home / "maps").mkdir()
     engine.write_findings(home / "maps", scan, anomaly_map, findings, LABELS[score])
-    return str(write_zip(home / "maps", home / "d2ue-maps.zip"))
+    archive = write_zip(home / "maps", home / "d2ue-maps.zip")
+    shutil.rmtree(home / "maps")
+    return str(archive)
 
 # %% ../../nbs/apps/20_d2ue.ipynb #daccf339
 def _inputs() -> list:
@@ -110,8 +113,8 @@ def _inputs() -> list:
     with gr.Accordion("My scan", open=False):
         upload = gr.File(label="DICOM (file or zip of one series), NIfTI, PNG, JPEG, TIFF or NPZ", type="filepath")
         about = gr.Markdown()
-        index = gr.Slider(0, 1, 0, step=1, label="Axial slice", interactive=False)
-        frame = gr.Number(0, minimum=0, precision=0, label="Frame, if the file holds several (0: none chosen)")
+        index = gr.Slider(-1, 1, -1, step=1, label="Axial slice (-1: the middle one)", interactive=False)
+        frame = gr.Number(None, minimum=0, precision=0, label="Frame, if the file holds several (counted from 0)")
     painter = _painter()
     ensemble = gr.Radio(list(ENSEMBLES), value="pushed apart (RAR)", label="Learners")
     score = gr.Dropdown(list(LABELS), value=next(iter(LABELS)), label="Map")
@@ -144,7 +147,7 @@ def _outputs() -> list:
 # %% ../../nbs/apps/20_d2ue.ipynb #eed7a293
 def build() -> gr.Blocks:
     "The app as Gradio blocks."
-    with gr.Blocks(title="D2UE", analytics_enabled=False) as blocks:
+    with gr.Blocks(title="D2UE", analytics_enabled=False, delete_cache=(3600, 86_400)) as blocks:
         header(METHODS["d2ue"])
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -154,6 +157,6 @@ def build() -> gr.Blocks:
                 *shown, make, archive = _outputs()
         footer(METHODS["d2ue"])
         start.click(_run, inputs, shown, api_name="run")
-        inputs[1].change(_inspect, [inputs[1], inputs[3]], [inputs[2], about], api_name="inspect")
+        gr.on([inputs[1].change, inputs[3].change], _inspect, [inputs[1], inputs[3]], [inputs[2], about], api_name="inspect")
         make.click(_download, inputs[:12], [archive], api_name="maps")
     return blocks

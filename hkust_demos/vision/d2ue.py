@@ -11,6 +11,7 @@ __all__ = ['ENTROPY_WEIGHT', 'linear_cka', 'repulsion_loss', 'reconstruction_los
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +24,19 @@ from .autoencoders import ConvAutoencoder, DenseAutoencoder, ReconstructionOutpu
 def linear_cka(
     x: Tensor,  # (n, ...) features of n images, flattened to (n, p)
     y: Tensor,  # (n, ...) features of the same images, any width
-    eps: float = 1e-8,  # floor of the denominator, so that constant features give 0
+    eps: float = 1e-8,  # floor of norms, so that constant features give 0
 ) -> Tensor:  # scalar in [0, 1]
     "Linear centered kernel alignment; differentiable."
     if len(x) != len(y) or len(x) < 2:
         raise ValueError(f"x has {len(x)} rows and y {len(y)}; both need the same number, at least 2")
     x, y = (part.flatten(1) - part.flatten(1).mean(0) for part in (x, y))
+    x, y = (part / part.detach().norm().clamp(min=eps) for part in (x, y))  # one common scale changes nothing
     if max(x.shape[1], y.shape[1]) <= len(x):
         cross, alone_x, alone_y = (x.T @ y).square().sum(), x.T @ x, y.T @ y
     else:
         alone_x, alone_y = x @ x.T, y @ y.T
         cross = (alone_x * alone_y).sum()
-    norms = alone_x.square().sum() * alone_y.square().sum()
-    return cross / norms.clamp(min=eps**2).sqrt()
+    return cross / (alone_x.norm() * alone_y.norm()).clamp(min=eps)
 
 # %% ../../nbs/vision/10_d2ue.ipynb #75b6e535
 def repulsion_loss(
@@ -266,6 +267,14 @@ def detection_report(
     return {name: float(value) for name, value in found.items()}
 
 # %% ../../nbs/vision/10_d2ue.ipynb #b6014329
+def __getattr__(name: str):
+    "Names that live in other rooms and belong to this method as well."
+    places = {"OneClassImageFolder": "vision.d2ue_apply", "mni_slices": "data.phantoms", "read_image": "vision.d2ue_apply"}
+    if name not in places:
+        raise AttributeError(f"module 'hkust_demos.vision.d2ue' has no attribute {name!r}")
+    return getattr(import_module(f"hkust_demos.{places[name]}"), name)
+
+
 def study(quick: bool = False):  # -> Study
     "The study behind this page; see `hkust_demos.vision.d2ue_study`."
     from hkust_demos.vision.d2ue_study import build_study
