@@ -88,12 +88,20 @@ class _Metric:
         return self.values.sqrt() if self.values.dim() == 1 else metric_root(self.values)
 
 # %% ../../nbs/llm/10_eora.ipynb #8d5b8dc7
-def _scaled(
-    rows: Tensor,  # (k, d)
-    values: Tensor,  # (d, d), or (d,) if diagonal
-) -> Tensor:
-    "Rows times a metric or its root."
-    return rows * values if values.dim() == 1 else rows @ values
+def _sandwich(
+    left: Tensor,  # (n, d)
+    middle: Tensor,  # (d, d) symmetric, only the lower triangle is read; or (d,) if diagonal
+) -> Tensor:  # (n, n)
+    "left @ middle @ left.T, with the middle cut in two mirrored halves."
+    if middle.dim() == 1:
+        return (left * middle) @ left.T
+    half, width = left.new_empty(left.shape), max(len(middle) // 4, 1)
+    for start in range(0, len(middle), width):
+        panel = middle[start:, start:start + width].clone()
+        panel[: panel.shape[1]].tril_().diagonal().mul_(0.5)
+        half[:, start:start + width] = left[:, start:] @ panel
+    product = half @ left.T
+    return product + product.T
 
 # %% ../../nbs/llm/10_eora.ipynb #9002861c
 def _lower_product(
@@ -130,13 +138,19 @@ def _output_directions(
 ) -> tuple[Tensor, Tensor]:  # U (o, rank), spectrum (min(o, d),)
     "Top eigenvectors of D C D^T, through the smaller side."
     is_wide = len(delta) <= delta.shape[1]
-    scaled = _scaled(delta, metric.values if is_wide else metric.root)
-    gram = _lower_product(scaled, delta.T) if is_wide else _lower_product(scaled.T, scaled)
+    if is_wide:
+        gram = _sandwich(delta, metric.values)
+    elif metric.root.dim() == 1:
+        gram = metric.root[:, None] * (delta.T @ delta) * metric.root
+    else:
+        gram = _sandwich(metric.root.T, _lower_product(delta.T, delta))
     eigenvalues, vectors = torch.linalg.eigh(gram)
     if delta.dtype == torch.float32 and eigenvalues[-1] > 2e4 * eigenvalues[-rank]:
         return tuple(part.float() for part in _output_directions(delta.double(), _Metric(metric.values.double()), rank))
     top = _sharpen(gram, eigenvalues, vectors, rank)[:, -rank:].flip(1)
-    return top if is_wide else torch.linalg.qr(scaled @ top).Q, eigenvalues.flip(0).clamp(min=0)
+    if not is_wide:
+        top = torch.linalg.qr(delta @ (metric.root[:, None] * top if metric.root.dim() == 1 else metric.root @ top)).Q
+    return top, eigenvalues.flip(0).clamp(min=0)
 
 # %% ../../nbs/llm/10_eora.ipynb #ac80791c
 METHODS = ("eora", "svd", "act", "rms", "eora-reference")
