@@ -7,6 +7,7 @@
 2. The gradients of the same batch with the learners stacked into one network (torch.func.stack_module_state and vmap) against one learner
    after the other, as the library does it.
 3. A training step with the senior's features computed once for all images against anew in each step.
+4. The spread over three learners from differences against torch.std.
 """
 import argparse
 import json
@@ -19,7 +20,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 
 from hkust_demos.data.phantoms import mni_slices
 from hkust_demos.vision.autoencoders import ConvAutoencoder
-from hkust_demos.vision.d2ue import _learner_maps, dual_space_uncertainty, layer_features, reconstruction_loss, repulsion_loss
+from hkust_demos.vision.d2ue import _learner_maps, _spread, dual_space_uncertainty, layer_features, reconstruction_loss, repulsion_loss
 from hkust_demos.vision.d2ue_apply import SHAPE
 
 
@@ -92,6 +93,12 @@ def main() -> None:
     once_s, _ = timed(lambda: step(junior, optimizer, images, known))
     found["senior_features"] = {"anew_s": anew_s, "once_s": once_s, "ratio": anew_s / once_s}
     print(f"training step with one senior: {anew_s:.3f} s with its features anew, {once_s:.3f} s with them at hand: {anew_s / once_s:.2f}x")
+
+    answers = torch.randn(3, *images.shape)
+    std_s, _ = timed(lambda: answers.std(0))
+    spread_s, _ = timed(lambda: _spread(answers))
+    found["spread"] = {"torch_std_s": std_s, "differences_s": spread_s, "ratio": std_s / spread_s}
+    print(f"spread over three learners: {std_s * 1000:.1f} ms with torch.std, {spread_s * 1000:.1f} ms from differences: {std_s / spread_s:.1f}x")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(found, indent=2) + "\n")
     print(f"written to {args.out}")

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..data.phantoms import BrainSlices, mni_slices
+from ..data.phantoms import mni_slices
 from ..study import Study
 from .autoencoders import ConvAutoencoder, DenseAutoencoder
 from .d2ue import (EnsembleResult, UncertaintyMaps, cka_matrix, detection_report, dual_space_uncertainty, image_scores,
