@@ -1,16 +1,23 @@
 """D2UE's costs, each beside what it replaces, in one run.
 
-    python benchmarks/d2ue.py [--out results/benchmark_d2ue.json]
+    python benchmarks/d2ue.py [--out results/benchmark_d2ue.json] [--rounds 15]
 
-1. Maps of 64 images from three learners of the shipped shape: all of them in one batch against the dual-space map alone, one image and one
-   learner at a time (as released), and the largest difference of that map.
-2. The gradients of the same batch with the learners stacked into one network (torch.func.stack_module_state and vmap) against one learner
-   after the other, as the library does it.
-3. A training step with the senior's features computed once for all images against anew in each step.
-4. The spread over three learners from differences against torch.std.
+1. Maps of 64 images from the three shipped learners: all of them in one batch against the dual-space map alone, one image and one
+   learner at a time (as released), and the largest difference of that map. The comparison is made in double precision; in single
+   precision a ReLU within rounding of its kink makes even two plain programs differ on about one image in seventy.
+2. The same batch with the plain networks against their lean form, which the library uses.
+3. The gradients of the batch with the learners stacked into one network (torch.func.stack_module_state and vmap) against one lean
+   learner after the other.
+4. A training step with the senior's features computed once for all images against anew in each step.
+5. The spread over three learners from differences against torch.std.
+
+The sides of a comparison take turns, round after round, and each is judged by its fastest round, so that other work on the machine
+disturbs both alike and least. `ratio_rounds` holds the slowest and the median ratio of single rounds.
 """
 import argparse
+import copy
 import json
+import os
 import time
 from pathlib import Path
 from statistics import median
@@ -19,19 +26,26 @@ import torch
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from hkust_demos.data.phantoms import mni_slices
-from hkust_demos.vision.autoencoders import ConvAutoencoder
-from hkust_demos.vision.d2ue import _learner_maps, _spread, dual_space_uncertainty, layer_features, reconstruction_loss, repulsion_loss
-from hkust_demos.vision.d2ue_apply import SHAPE
+from hkust_demos.vision.autoencoders import ConvAutoencoder, lean
+from hkust_demos.vision.d2ue import (_combine, _learner_maps, _spread, dual_space_uncertainty, layer_features, reconstruction_loss,
+                                     repulsion_loss)
+from hkust_demos.vision.d2ue_apply import SHAPE, load_ensemble
 
 
-def timed(action, repeats: int = 5) -> tuple[float, object]:
-    "(median seconds, result) of a call, after one that is not counted."
-    result, seconds = action(), []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        result = action()
-        seconds.append(time.perf_counter() - begun)
-    return median(seconds), result
+def race(slow, fast, rounds: int) -> tuple[dict, object, object]:
+    "(seconds and ratios, result of slow, result of fast); both take turns after a round that is not counted."
+    seconds, cpu, results = [], [], (slow(), fast())
+    for _ in range(rounds):
+        marks = [(time.perf_counter(), time.process_time())]
+        for action in (slow, fast):
+            action()
+            marks.append((time.perf_counter(), time.process_time()))
+        for kept, column in ((seconds, 0), (cpu, 1)):
+            kept.append([after[column] - before[column] for before, after in zip(marks, marks[1:])])
+    best, best_cpu = ([min(column) for column in zip(*kept)] for kept in (seconds, cpu))
+    ratios = [one / other for one, other in seconds]
+    return {"slow_s": best[0], "fast_s": best[1], "ratio": best[0] / best[1], "ratio_cpu_time": best_cpu[0] / best_cpu[1],
+            "ratio_rounds": {"slowest": min(ratios), "median": median(ratios)}}, *results
 
 
 def released_dual(learners, image: torch.Tensor) -> torch.Tensor:
@@ -43,6 +57,11 @@ def released_dual(learners, image: torch.Tensor) -> torch.Tensor:
         gradient, = torch.autograd.grad(residual.abs().mean(), x)
         products.append(residual.detach().abs() * gradient)
     return torch.stack(products).std(0).mean(1)
+
+
+def plain_maps(learners, images: torch.Tensor):
+    "All maps of a batch from the networks as they are."
+    return _combine(images, [_learner_maps(learner, images) for learner in learners])
 
 
 def stacked_gradients(learners, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,38 +88,46 @@ def main() -> None:
     "Run all, print ratios, store them."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/benchmark_d2ue.json"))
+    parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     torch.manual_seed(0)
     images = torch.from_numpy(mni_slices(64, 0).images)[:, None] * 2 - 1
-    learners = [ConvAutoencoder(**SHAPE).eval().requires_grad_(False) for _ in range(3)]
+    learners = load_ensemble("rar").learners
+    record = {"threads": torch.get_num_threads(), "load_before": os.getloadavg()[0]}
 
-    batch_s, batch = timed(lambda: dual_space_uncertainty(learners, images))
-    released_s, released = timed(lambda: torch.cat([released_dual(learners, image) for image in images.split(1)]), 3)
-    difference = (batch.dual - released).abs().max().item()
-    found = {"maps": {"images": 64, "learners": 3, "one_at_a_time_s": released_s, "batch_s": batch_s, "ratio": released_s / batch_s,
-                      "largest_difference": difference}}
-    print(f"maps of 64 images: {released_s:.2f} s one image and learner at a time, {batch_s:.3f} s in a batch: {released_s / batch_s:.1f}x, "
-          f"largest difference {difference:.1e}")
+    def report(name: str, words: str, slow, fast, rounds: int) -> tuple[object, object]:
+        record[name], *results = race(slow, fast, rounds)
+        f = record[name]
+        print(f"{words}: {f['slow_s'] * 1000:.1f} and {f['fast_s'] * 1000:.1f} ms, {f['ratio']:.2f}x (CPU time {f['ratio_cpu_time']:.2f}x; single "
+              f"rounds {f['ratio_rounds']['slowest']:.2f}x at least, {f['ratio_rounds']['median']:.2f}x in the middle)", flush=True)
+        return results
 
-    stacked_s, _ = timed(lambda: stacked_gradients(learners, images))
-    looped_s, _ = timed(lambda: [_learner_maps(learner, images) for learner in learners])
-    found["stacked"] = {"stacked_s": stacked_s, "one_after_the_other_s": looped_s, "ratio": stacked_s / looped_s}
-    print(f"gradients of all learners: {stacked_s:.3f} s stacked into one network, {looped_s:.3f} s one after the other: {stacked_s / looped_s:.2f}x")
+    released, batch = report("maps", "maps of 64 images, one image and learner at a time and in a batch",
+                             lambda: torch.cat([released_dual(learners, image) for image in images.split(1)]),
+                             lambda: dual_space_uncertainty(learners, images), args.rounds)
+    exact_learners, exact_images = [copy.deepcopy(learner).double() for learner in learners], images.double()
+    exact = torch.cat([released_dual(exact_learners, image) for image in exact_images.split(1)])
+    double = (dual_space_uncertainty(exact_learners, exact_images).dual - exact).abs().max().item()
+    single = {name: (found - exact).abs().flatten(1).amax(1) for name, found in (("one_at_a_time", released), ("batch", batch.dual))}
+    record["maps"].update(images=64, learners=3, largest_value=exact.max().item(), largest_difference_double=double, single_precision={
+        name: {"median_image": error.median().item(), "largest": error.max().item()} for name, error in single.items()})
+    print(f"   largest difference {double:.1e} in double precision (the map's largest value is {exact.max():.1e}); in single precision from there, "
+          + ", ".join(f"{name}: {error.max():.1e} (median image {error.median():.1e})" for name, error in single.items()))
+    report("lean", "the same batch, plain networks and lean", lambda: plain_maps(learners, images),
+           lambda: dual_space_uncertainty(learners, images), args.rounds)
+    quick = [lean(learner) for learner in learners]
+    report("stacked", "gradients of all learners, stacked into one network and one after the other", lambda: stacked_gradients(learners, images),
+           lambda: [_learner_maps(learner, images) for learner in quick], args.rounds)
 
     junior = ConvAutoencoder(**SHAPE).train()
     optimizer, known = torch.optim.Adam(junior.parameters()), layer_features(learners[0], images)
-    anew_s, _ = timed(lambda: step(junior, optimizer, images, layer_features(learners[0], images)))
-    once_s, _ = timed(lambda: step(junior, optimizer, images, known))
-    found["senior_features"] = {"anew_s": anew_s, "once_s": once_s, "ratio": anew_s / once_s}
-    print(f"training step with one senior: {anew_s:.3f} s with its features anew, {once_s:.3f} s with them at hand: {anew_s / once_s:.2f}x")
+    report("senior_features", "training step with the senior's features anew and at hand",
+           lambda: step(junior, optimizer, images, layer_features(learners[0], images)), lambda: step(junior, optimizer, images, known), args.rounds)
 
     answers = torch.randn(3, *images.shape)
-    std_s, _ = timed(lambda: answers.std(0))
-    spread_s, _ = timed(lambda: _spread(answers))
-    found["spread"] = {"torch_std_s": std_s, "differences_s": spread_s, "ratio": std_s / spread_s}
-    print(f"spread over three learners: {std_s * 1000:.1f} ms with torch.std, {spread_s * 1000:.1f} ms from differences: {std_s / spread_s:.1f}x")
+    report("spread", "spread over three learners, torch.std and differences", lambda: answers.std(0), lambda: _spread(answers), args.rounds)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=2) + "\n")
+    args.out.write_text(json.dumps(record, indent=2) + "\n")
     print(f"written to {args.out}")
 
 

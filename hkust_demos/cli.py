@@ -8,6 +8,7 @@ __all__ = ['build_parser', 'main']
 # %% ../nbs/03_cli.ipynb #2c66e31b
 import argparse
 import importlib
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -37,13 +38,18 @@ def _prepare(args: argparse.Namespace) -> list[Path]:
     "Convert the embedded language model into the cache."
     return [importlib.import_module("hkust_demos.llm.models").prepare()]
 
-
+# %% ../nbs/03_cli.ipynb #45190343
 def _train(args: argparse.Namespace) -> list[Path]:
     "Train the weights that a demo ships, where a method needs any."
     module = importlib.import_module(get_method(args.method).module)
     if not hasattr(module, "train"):
         raise ValueError(f"{METHODS[args.method].title} needs no trained weights: nothing to do")
-    return module.train(**{name: getattr(args, name) for name in ("data", "out") if getattr(args, name) is not None})
+    given = {name: getattr(args, name) for name in ("data", "out", "variant", "epochs") if getattr(args, name) is not None}
+    try:
+        inspect.signature(module.train).bind(**given)
+    except TypeError as error:
+        raise ValueError(f"training {args.method} has no such option: {error}") from None
+    return module.train(**given)
 
 # %% ../nbs/03_cli.ipynb #f22612be
 def _demo(args: argparse.Namespace) -> list[Path]:
@@ -66,6 +72,8 @@ def _add_house_commands(commands, options: dict) -> None:
     train.add_argument("method", help="name in the catalog")
     train.add_argument("--data", default=None, help="your own training data, in the layout that the method's notebook tells")
     train.add_argument("--out", default=None, help="folder for weights from your own data; the shipped ones otherwise")
+    train.add_argument("--variant", default=None, help="which network, where a method offers several (d2ue: ae, aeu or memae)")
+    train.add_argument("--epochs", type=int, default=None, help="passes over your data; the method's own number otherwise")
     train.set_defaults(call=_train)
     commands.add_parser("prepare", help="convert the embedded model into the cache", **options).set_defaults(call=_prepare)
     demo = commands.add_parser("demo", help="serve all apps on this machine", **options)

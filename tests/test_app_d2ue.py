@@ -2,6 +2,7 @@
 import io
 import json
 import struct
+import time
 import zipfile
 
 import nibabel
@@ -14,7 +15,7 @@ from PIL import Image
 from hkust_demos.data.phantoms import mni_slices
 
 CHOICES = dict(source="paint a lesion", upload=None, index=-1, frame=None, seed=7, kind="hyper", row=26, column=38, radius=5, contrast=0.3,
-               ensemble="pushed apart (RAR)", score="dual-space uncertainty (D2UE)", quantile=0.99, opacity=0.6)
+               ensemble="pushed apart (RAR)", n_learners=3, score="dual-space uncertainty (D2UE)", quantile=0.99, opacity=0.6)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def slice_file(tmp_path):
 
 
 def test_endpoints_have_names(client):
-    assert {"/run", "/inspect", "/maps"} <= set(client.view_api(return_format="dict")["named_endpoints"])
+    assert {"/run", "/inspect", "/maps", "/retrain", "/stop"} <= set(client.view_api(return_format="dict")["named_endpoints"])
 
 
 def test_the_painted_default_returns_everything(client):
@@ -61,7 +62,7 @@ def test_other_choices_answer(client, changed):
 def test_an_uploaded_picture_and_its_map(client, slice_file):
     assert "healthy slices" in upload(client, slice_file)[0]
     chosen = {**CHOICES, "source": "my scan", "upload": handle_file(slice_file)}
-    archive = client.predict(*list(chosen.values())[:12], api_name="/maps")
+    archive = client.predict(*list(chosen.values())[:13], api_name="/maps")
     with zipfile.ZipFile(archive) as file:
         assert set(file.namelist()) == {"anomaly_map.png", "report.json"}
         assert Image.open(io.BytesIO(file.read("anomaly_map.png"))).size == (96, 96)
@@ -142,3 +143,85 @@ def test_wrong_modality_constant_and_missing_files(client, tmp_path):
         upload(client, tmp_path / "flat.png")
     with pytest.raises(AppError, match="no file was uploaded"):
         press(client, source="my scan")
+
+
+@pytest.mark.parametrize("ensemble", ["pushed apart (RAR)", "plain"])
+@pytest.mark.parametrize("n_learners", [2, 5])
+def test_as_many_learners_as_asked_for(client, ensemble, n_learners):
+    text, _, _, _, similar = press(client, ensemble=ensemble, n_learners=n_learners)
+    assert f"{n_learners} learners" in text
+    assert np.shape(json.loads(similar["plot"])["data"][0]["z"]) == (n_learners, n_learners)
+
+
+@pytest.mark.parametrize("n_learners", [1, 6])
+def test_other_numbers_of_learners_are_refused(client, n_learners):
+    with pytest.raises(AppError, match="(?i)learners is|minimum|maximum|from 2 to 5"):
+        press(client, n_learners=n_learners)
+
+
+RETRAINED = "retrained on this page"
+
+
+def test_a_page_trains_and_uses_its_own_learners(hub):
+    mine, other = (Client(f"{hub.url}/d2ue/", verbose=False) for _ in range(2))
+    with pytest.raises(AppError, match="press Retrain first"):
+        press(mine, ensemble=RETRAINED)
+    job = mine.submit(2, 0.5, 2, 1, api_name="/retrain")
+    text, curves, chosen = job.result(timeout=120)
+    seen = [output[0] for output in job.outputs()]
+    assert "2 learners trained for 2 epochs" in text and chosen == RETRAINED
+    assert any("learner 2 of 2, epoch 1 of 2" in words for words in seen)
+    assert [line["name"] for line in json.loads(curves["plot"])["data"]] == ["learner 1", "learner 2"]
+    shown, _, _, _, similar = press(mine, ensemble=RETRAINED)
+    assert "2 learners" in shown and np.shape(json.loads(similar["plot"])["data"][0]["z"]) == (2, 2)
+    archive = mine.predict(*list({**CHOICES, "ensemble": RETRAINED}.values())[:13], api_name="/maps")
+    with zipfile.ZipFile(archive) as file:
+        report = json.loads(file.read("report.json"))
+    assert (report["ensemble"], report["n_learners"]) == ("retrained", 2)
+    with pytest.raises(AppError, match="press Retrain first"):
+        press(other, ensemble=RETRAINED)
+    assert "3 learners" in press(mine)[0]
+
+
+def test_a_training_can_be_stopped(hub):
+    page = Client(f"{hub.url}/d2ue/", verbose=False)
+    job = page.submit(5, 1, 100, 0, api_name="/retrain")
+    begun = time.monotonic()
+    while not any("epoch" in output[0] for output in job.outputs()) and time.monotonic() - begun < 60:
+        time.sleep(0.2)
+    assert job.cancel()
+    assert "the same as before" in page.predict(api_name="/stop")
+    with pytest.raises(AppError, match="press Retrain first"):
+        press(page, ensemble=RETRAINED)
+    text, *_ = page.predict(2, 0, 1, 0, api_name="/retrain")  # the place is free again at once, not after 500 epochs
+    assert "2 learners trained" in text and time.monotonic() - begun < 90
+
+
+@pytest.mark.parametrize("settings", [(1, 1, 5, 0), (3, -1, 5, 0), (3, 1, 0, 0), (3, 1, 10_000, 0)])
+def test_trainings_that_cannot_be_are_sentences(client, settings):
+    with pytest.raises(AppError) as error:
+        client.predict(*settings, api_name="/retrain")
+    assert "from" in str(error.value) or "imum" in str(error.value)
+    assert "Traceback" not in str(error.value)
+
+
+def test_a_person_trains_stops_and_trains_again_by_keyboard(hub, browser):
+    page, problems = browser.new_page(viewport={"width": 1280, "height": 1000}), []
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(f"{hub.url}/d2ue/")
+    page.get_by_role("button", name="Retrain the learners").press("Enter")
+    page.get_by_role("button", name="Retrain", exact=True).press("Enter")
+    page.get_by_text("epoch 2 of 20").first.wait_for(timeout=60_000)
+    page.get_by_role("button", name="Stop", exact=True).press("Enter")
+    page.get_by_text("The learners in use are the same as before").wait_for(timeout=20_000)
+    page.wait_for_timeout(1500)  # an epoch takes a quarter of a second: a training that goes on would write over the sentence
+    assert page.get_by_text("The learners in use are the same as before").count() == 1
+    page.get_by_label("number input for Epochs").fill("1")
+    page.get_by_role("button", name="Retrain", exact=True).press("Enter")
+    page.get_by_text("3 learners trained for 1 epoch with").wait_for(timeout=60_000)
+    assert page.get_by_role("radio", name="retrained on this page").is_checked()
+    page.get_by_role("button", name="Examine").press("Enter")
+    page.get_by_text("Against the painted lesion").wait_for(timeout=60_000)
+    page.close()
+    assert problems == []

@@ -276,3 +276,162 @@ def test_weights_of_something_else_are_refused(tmp_path):
 def test_names_of_other_rooms_are_handed_on():
     from hkust_demos.vision.d2ue import OneClassImageFolder, mni_slices as slices, read_image
     assert slices is mni_slices and OneClassImageFolder and read_image
+
+
+# ---- the lean form, other variants, other sizes ----
+
+def plain_maps(learners, image):
+    "The maps by their definition: autograd through the networks as they are, one learner and image at a time, torch.std."
+    recon, noise, gradient = [], [], []
+    for learner in learners:
+        x = image.clone().requires_grad_()
+        output = learner.eval()(x)
+        e = output.recon - x
+        loss = e.abs().mean() if output.log_var is None else (e.square() * torch.exp(-output.log_var)).mean()
+        gradient.append(torch.autograd.grad(loss, x)[0])
+        recon.append(output.recon.detach())
+        noise.append(torch.zeros_like(image) if output.log_var is None else output.log_var.detach())
+    recon, gradient, variance = torch.stack(recon), torch.stack(gradient), torch.stack(noise).exp()
+    root, e = variance.mean(0).sqrt(), recon - image
+    maps = {"single": e[0].square() / variance[0], "ensemble_error": (recon.mean(0) - image).square() / root.square(),
+            "output_std": recon.std(0) / root, "input_std": gradient.std(0), "dual": (e.abs() * gradient / root).std(0)}
+    return {name: values.mean(1) for name, values in maps.items()}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("variants", [("ae",) * 3, ("aeu",) * 3, ("memae",) * 2, ("ae", "aeu", "memae")])
+def test_the_fast_maps_are_the_defined_ones(variants, channels):
+    torch.manual_seed(0)
+    learners = [ConvAutoencoder(32, channels, base_width=4, hidden=16, variant=variant).double() for variant in variants]
+    images = torch.rand(5, channels, 32, 32, dtype=torch.float64) * 2 - 1
+    for learner in learners:
+        for _ in range(3):
+            learner(torch.rand_like(images))  # normalization takes note
+        for module in learner.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                nn.init.normal_(module.weight, 1, 0.2), nn.init.normal_(module.bias, 0, 0.2)
+    fast = dual_space_uncertainty(learners, images)
+    for i, image in enumerate(images.split(1)):
+        for name, values in plain_maps(learners, image).items():
+            assert torch.allclose(getattr(fast, name)[i:i + 1], values, atol=1e-12, rtol=1e-9), name
+
+
+def test_the_shipped_learners_give_the_defined_map(ensemble):
+    learners = [copy.deepcopy(learner).double() for learner in ensemble.learners]
+    images = signed(mni_slices(4, 5, lesions=True).images).double()
+    defined = torch.cat([plain_maps(learners, image)["dual"] for image in images.split(1)])
+    assert (dual_space_uncertainty(learners, images).dual - defined).abs().max() < 1e-12
+    single = dual_space_uncertainty(ensemble.learners, images.float()).dual
+    assert (single - defined).abs().flatten(1).amax(1).median() < 1e-6
+
+
+def test_maps_leave_networks_as_they_were_and_subclasses_answer_for_themselves():
+    from hkust_demos.vision.autoencoders import lean
+
+    class Own(ConvAutoencoder):
+        def forward(self, image):
+            return super().forward(-image)
+
+    own, images = Own(32, base_width=4, hidden=16).eval(), torch.rand(2, 1, 32, 32) * 2 - 1
+    assert lean(own) is own
+    learner = ConvAutoencoder(32, base_width=4, hidden=16).eval()
+    weights, state = [p.clone() for p in learner.parameters()], copy.deepcopy(learner.state_dict())
+    dual_space_uncertainty([learner, own], images)
+    assert all(torch.equal(a, b) for a, b in zip(weights, learner.parameters())) and all(p.requires_grad and p.grad is None for p in learner.parameters())
+    assert all(torch.equal(state[name], value) for name, value in learner.state_dict().items())
+
+
+@pytest.mark.parametrize("n_learners", [2, 4, 5])
+def test_other_numbers_of_shipped_learners_have_their_own_reference(n_learners, ensemble):
+    other = load_ensemble("rar", None, n_learners)
+    assert len(other.learners) == n_learners and other.cka.shape == (n_learners, n_learners)
+    assert not torch.equal(other.healthy_scores["dual"][:8], ensemble.healthy_scores["dual"][:8])
+    fresh = [f.percentile("dual") for f in examine(list(mni_slices(40, 77).images), other)]
+    assert 25 < np.mean(fresh) < 75
+
+
+def test_three_shipped_learners_measure_what_is_stored(ensemble):
+    from hkust_demos.vision.d2ue_apply import _slices, healthy_reference
+    measured = healthy_reference(ensemble.learners, _slices(256, 1))
+    assert torch.allclose(measured["scores.dual"], ensemble.healthy_scores["dual"], rtol=1e-3)
+    assert torch.allclose(measured["pixels.output_std"], ensemble.pixel_quantiles["output_std"], rtol=1e-3, atol=1e-6)
+
+
+def test_sizes_that_do_not_exist_are_refused():
+    for n_learners in (1, 6, 2.5):
+        with pytest.raises(ValueError, match="from 2 to 5"):
+            load_ensemble("rar", None, n_learners)
+    with pytest.raises(ValueError, match="3 learners only"):
+        load_ensemble("rar", "somewhere", 4)
+
+
+def test_retraining_steps_and_stops():
+    from hkust_demos.vision.d2ue_apply import retrain
+    steps = retrain(2, 0.5, epochs=2, seed=3)
+    first, second = next(steps), next(steps)
+    assert first.fraction == 0 and 0 < second.fraction < 1 and "learner 1 of 2, epoch 1 of 2" in second.message
+    steps.close()  # as the app's Stop does
+    *_, last = retrain(2, 0.5, epochs=2, seed=3)
+    assert last.fraction == 1 and len(last.history) == 4 and len(last.ensemble.learners) == 2 and last.ensemble.name == "retrained"
+    assert last.errors()["learner 1"][0] == [1, 2] and last.history[0] == second.history[0]
+    assert examine(mni_slices(1, 3).images[0], last.ensemble)[0].map().shape == (64, 64)
+
+
+@pytest.mark.parametrize("wrong", [dict(n_learners=1), dict(repulsion=-1), dict(repulsion=float("nan")), dict(epochs=0), dict(epochs=1000)])
+def test_a_training_that_cannot_be_is_refused(wrong):
+    from hkust_demos.vision.d2ue_apply import retrain
+    with pytest.raises(ValueError, match="from"):
+        next(retrain(**wrong))
+
+
+@pytest.fixture(scope="module")
+def own_pictures(tmp_path_factory):
+    "A folder as the released code wants it, with 72 healthy pictures."
+    home = tmp_path_factory.mktemp("own")
+    like = Scan(mni_slices(1, 0).images[0], None, np.eye(4), "MR", "")
+    (home / "images").mkdir()
+    names = [f"{i:03}.png" for i in range(72)]
+    for name, picture in zip(names, mni_slices(72, 0).images):
+        write_scan(picture, home / "images" / name, like=like, bits=8)
+    (home / "data.json").write_text(json.dumps({"train": {"0": names}}))
+    return home
+
+
+@pytest.mark.parametrize("variant", ["ae", "aeu", "memae"])
+def test_the_command_trains_each_variant_and_loading_builds_it(variant, own_pictures, tmp_path, capsys):
+    from hkust_demos.cli import main
+    options = [] if variant == "ae" else ["--variant", variant]
+    assert main(["train", "d2ue", "--data", str(own_pictures), "--out", str(tmp_path / "mine"), *options, "--epochs", "2"]) == 0
+    card = json.loads((tmp_path / "mine" / "card.json").read_text())
+    assert card["variant"] == variant and card["epochs"] == 2 and card["lr"] == (1e-3 if variant == "aeu" else 5e-4)
+    assert card["command"] == " ".join(["hkust-demos train d2ue --data DIR --out FOLDER", *options, "--epochs 2"])
+    for kind in ("plain", "rar"):
+        mine = load_ensemble(kind, str(tmp_path / "mine"))
+        assert {learner.variant for learner in mine.learners} == {mine.variant} == {variant}
+    like = Scan(mni_slices(1, 5).images[0], None, np.eye(4), "MR", "")
+    write_scan(like, tmp_path / "slice.png", like=like)
+    assert main(["d2ue", str(tmp_path / "slice.png"), "--weights", str(tmp_path / "mine"), "--out", str(tmp_path / "maps")]) == 0
+    assert json.loads((tmp_path / "maps" / "report.json").read_text())["variant"] == variant
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("options, sentence", [(["--variant", "vae", "--data", "here", "--out", "there"], "use one of ae, aeu, memae"),
+                                               (["--variant", "aeu"], "need --out"), (["--epochs", "3"], "need --out"),
+                                               (["--epochs", "0", "--data", "here", "--out", "there"], "at least 1")])
+def test_trainings_that_cannot_be_are_sentences(options, sentence, tmp_path, monkeypatch, capsys):
+    from hkust_demos.cli import main
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "d2ue", *options]) == 2
+    shown = capsys.readouterr().err
+    assert sentence in shown and "Traceback" not in shown and not list(tmp_path.iterdir())
+
+
+def test_a_card_with_another_variant_is_refused(tmp_path, own_pictures):
+    from hkust_demos.vision.d2ue_apply import train
+    page = train(str(own_pictures), str(tmp_path / "mine"), variant="aeu", epochs=1)[1]
+    card = json.loads(page.read_text())
+    for wrong, sentence in (("ae", "something else"), ("vae", "use one of"), (["ae"], "use one of")):
+        page.write_text(json.dumps({**card, "variant": wrong}))
+        load_ensemble.cache_clear()
+        with pytest.raises(ValueError, match=sentence):
+            load_ensemble("rar", str(tmp_path / "mine"))

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ENTROPY_WEIGHT', 'linear_cka', 'repulsion_loss', 'reconstruction_loss', 'EnsembleResult', 'layer_features',
-           'train_ensemble', 'cka_matrix', 'UncertaintyMaps', 'dual_space_uncertainty', 'image_scores',
+           'train_into', 'train_ensemble', 'cka_matrix', 'UncertaintyMaps', 'dual_space_uncertainty', 'image_scores',
            'detection_report', 'study', 'train', 'add_arguments', 'run_command']
 
 # %% ../../nbs/vision/10_d2ue.ipynb #6796f6f2
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .autoencoders import ConvAutoencoder, DenseAutoencoder, ReconstructionOutput
+from .autoencoders import ConvAutoencoder, DenseAutoencoder, ReconstructionOutput, lean
 
 # %% ../../nbs/vision/10_d2ue.ipynb #cb88d664
 def linear_cka(
@@ -75,9 +75,9 @@ class EnsembleResult:
 
 def _check_images(images: Tensor) -> None:
     "Refuse what no learner can use."
-    if images.dim() != 4 or not torch.isfinite(images).all():
+    low, high = (round(bound.item(), 3) for bound in images.aminmax())  # NaN if any value is
+    if images.dim() != 4 or not np.isfinite(high - low):
         raise ValueError(f"images have shape {tuple(images.shape)} or hold NaN; finite values of shape (N, C, H, W) are needed")
-    low, high = (round(bound.item(), 3) for bound in images.aminmax())
     if low < -1.001 or high > 1.001:
         raise ValueError(f"images must lie in [-1, 1]; these lie in [{low:g}, {high:g}]: scale them first")
 
@@ -112,6 +112,31 @@ def _epoch(learner: nn.Module, optimizer, images: Tensor, seniors: list[Tensor],
     return tuple((total / len(batches)).tolist())
 
 # %% ../../nbs/vision/10_d2ue.ipynb #ae92bf5b
+def train_into(
+    result: EnsembleResult,  # gets the learners and records; finished learners in it are the seniors
+    images: Tensor,  # (N, C, H, W) in [-1, 1], healthy only
+    *,
+    n_learners: int = 3,  # in all, seniors included
+    repulsion: float = 1.0,
+    layer: str = "z",
+    epochs: int = 250,
+    batch_size: int = 64,
+    lr: float = 5e-4,
+    seed: int = 0,
+    model_fn: Callable[[], nn.Module] = ConvAutoencoder,
+) -> Iterator[dict]:  # the record of each epoch
+    "Train epoch by epoch, as far as you ask."
+    _check_images(images)
+    if len(images) < batch_size:
+        raise ValueError(f"{len(images)} images are fewer than one batch of {batch_size}: give more images or a smaller batch_size")
+    learners = result.learners
+    for k in range(len(learners), n_learners):
+        known = [layer_features(learner, images, layer) for learner in learners] if repulsion else []
+        for record in _train_one(images, known, k, repulsion, layer, epochs, batch_size, lr, seed, model_fn, learners):
+            result.history.append(record)
+            yield record
+
+# %% ../../nbs/vision/10_d2ue.ipynb #dea769e8
 def train_ensemble(
     images: Tensor,  # (N, C, H, W) in [-1, 1], healthy only
     n_learners: int = 3,
@@ -127,18 +152,12 @@ def train_ensemble(
     seniors: Sequence[nn.Module] = (),  # finished learners to start from
 ) -> EnsembleResult:
     "Train learners in sequence, each pushed away from the earlier ones (section 2 of the notebook's equations)."
-    _check_images(images)
-    if len(images) < batch_size:
-        raise ValueError(f"{len(images)} images are fewer than one batch of {batch_size}: give more images or a smaller batch_size")
-    learners, history = list(seniors), []
-    for k in range(len(learners), n_learners):
-        known = [layer_features(learner, images, layer) for learner in learners] if repulsion else []
-        records = _train_one(images, known, k, repulsion, layer, epochs, batch_size, lr, seed, model_fn, learners)
-        for record in records:
-            history.append(record)
-            if progress:
-                progress(len(history), (n_learners - len(seniors)) * epochs, record)
-    return EnsembleResult(learners, history)
+    result, n_epochs = EnsembleResult(list(seniors), []), (n_learners - len(seniors)) * epochs
+    for record in train_into(result, images, n_learners=n_learners, repulsion=repulsion, layer=layer, epochs=epochs, batch_size=batch_size,
+                             lr=lr, seed=seed, model_fn=model_fn):
+        if progress:
+            progress(len(result.history), n_epochs, record)
+    return result
 
 # %% ../../nbs/vision/10_d2ue.ipynb #55d51f13
 def _train_one(images, known, k, repulsion, layer, epochs, batch_size, lr, seed, model_fn, learners):
@@ -179,36 +198,51 @@ class UncertaintyMaps:
     gradient: Tensor = field(repr=False)  # (K, N, H, W) the input gradients
 
 # %% ../../nbs/vision/10_d2ue.ipynb #8f3d048c
-def _learner_maps(learner: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "Reconstruction, log-variance (zeros if none) and input gradient of one learner, (B, C, H, W) each."
+def _learner_maps(learner: Callable[[Tensor], ReconstructionOutput], image: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    "Reconstruction, input gradient and log-variance (None if it has none) of one learner, (B, C, H, W) each."
     with torch.inference_mode(False), torch.enable_grad():
         x = image.clone().requires_grad_(True)
         output = learner(x)
         residual = output.recon - x
         pixelwise = residual.abs() if output.log_var is None else residual.square() * torch.exp(-output.log_var)
         gradient, = torch.autograd.grad(pixelwise.flatten(1).mean(1).sum(), x)
-    log_var = torch.zeros_like(image) if output.log_var is None else output.log_var.detach()
-    return output.recon.detach(), log_var, gradient
+    return output.recon.detach(), gradient, None if output.log_var is None else output.log_var.detach()
 
 # %% ../../nbs/vision/10_d2ue.ipynb #45e672db
-def _spread(values: Tensor) -> Tensor:
-    "Unbiased standard deviation over the first axis."
-    values = values - values[0]
-    values = values - values.mean(0)
-    return (values.square().sum(0) / (len(values) - 1)).sqrt()
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    "Mean over learners."
+    return sum(values[1:], values[0]) / len(values)
+
+
+def _spread(values: Sequence[Tensor]) -> Tensor:
+    "Unbiased standard deviation over learners."
+    offsets = [value - values[0] for value in values[1:]]
+    mean = sum(offsets[1:], offsets[0]) / len(values)
+    total = mean.square()
+    for offset in offsets:
+        offset -= mean
+        total.addcmul_(offset, offset)
+    return total.div_(len(values) - 1).sqrt_()
 
 # %% ../../nbs/vision/10_d2ue.ipynb #1603bd22
-def _combine(image: Tensor, recon: Tensor, log_var: Tensor, gradient: Tensor) -> UncertaintyMaps:
-    "Maps from stacked (K, B, C, H, W) answers of the learners."
-    noise = torch.exp(log_var).mean(0)
-    residual, root = recon - image, noise.sqrt()
-    average = lambda values: values.mean(-3)
-    return UncertaintyMaps(
-        single=average(residual[0].square() * torch.exp(-log_var[0])), ensemble_error=average((recon.mean(0) - image).square() / noise),
-        output_std=average(_spread(recon) / root), input_std=average(_spread(gradient)),
-        dual=average(_spread(residual.abs() * gradient / root)), recon=average(recon), gradient=average(gradient))
+def _average(values: Tensor) -> Tensor:
+    "Mean over channels; one channel is not touched."
+    return values.squeeze(-3) if values.shape[-3] == 1 else values.mean(-3)
 
-# %% ../../nbs/vision/10_d2ue.ipynb #8e2a86ea
+
+def _combine(image: Tensor, answers: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> UncertaintyMaps:
+    "Maps from what `_learner_maps` gave for each learner."
+    recon, gradient, log_var = zip(*answers)
+    residual = [values - image for values in recon]
+    single, error, output_std = residual[0].square(), _mean(residual).square(), _spread(residual)
+    dual = _spread([e.abs() * g for e, g in zip(residual, gradient)])
+    if any(values is not None for values in log_var):
+        variance = [torch.ones_like(image) if values is None else values.exp() for values in log_var]
+        noise, root = _mean(variance), _mean(variance).sqrt()
+        single, error, output_std, dual = single / variance[0], error / noise, output_std / root, dual / root
+    return UncertaintyMaps(*map(_average, (single, error, output_std, _spread(gradient), dual, torch.stack(recon), torch.stack(gradient))))
+
+# %% ../../nbs/vision/10_d2ue.ipynb #5552d42d
 def dual_space_uncertainty(
     learners: Sequence[nn.Module],  # at least 2, all returning the same shape
     images: Tensor,  # (N, C, H, W) in [-1, 1]
@@ -221,16 +255,18 @@ def dual_space_uncertainty(
     modes = [learner.training for learner in learners]
     parts = []
     try:
+        quick = [lean(learner.eval()) for learner in learners]
         for batch in images.split(batch_size):
-            answers = [_learner_maps(learner.eval(), batch) for learner in learners]
+            answers = [_learner_maps(learner, batch) for learner in quick]
             if any(answer[0].shape != batch.shape for answer in answers):
                 raise ValueError(f"a learner returns another shape than the images' {tuple(batch.shape[1:])}")
-            parts.append(_combine(batch, *(torch.stack(kind) for kind in zip(*answers))))
+            parts.append(_combine(batch, answers))
     finally:
         for learner, mode in zip(learners, modes):
             learner.train(mode)
-    joined = {name: torch.cat([getattr(p, name) for p in parts], int(name in ("recon", "gradient"))) for name in vars(parts[0])}
-    return UncertaintyMaps(**joined)
+    if len(parts) == 1:
+        return parts[0]
+    return UncertaintyMaps(**{name: torch.cat([getattr(p, name) for p in parts], int(name in ("recon", "gradient"))) for name in vars(parts[0])})
 
 # %% ../../nbs/vision/10_d2ue.ipynb #16179e02
 def image_scores(
