@@ -29,7 +29,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def network(digits):
-    return train_network(build_seeded(SMALL, seed=0), *digits[0], epochs=8, seed=0)
+    return train_network(build_seeded(SMALL, seed=0), *digits[0], epochs=20, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -219,8 +219,9 @@ def test_full_size_file_is_small(tmp_path, digits):
 
 
 def test_unpack_refuses_another_architecture(network):
-    with pytest.raises(ValueError, match="missing"):
-        unpack_network(TernaryResNet((4, 8), blocks=3), pack_network(network))
+    for other in (TernaryResNet((4, 8), blocks=3), TernaryResNet((4, 8, 8), blocks=2), TernaryResNet((8, 16), blocks=2)):
+        with pytest.raises(ValueError, match="do not fit"):
+            unpack_network(other, pack_network(network))
 
 
 def test_training_again_starts_from_the_file(network):
@@ -261,7 +262,8 @@ def test_dynamic_chip_is_repeatable(network, digits):
 
 def test_thresholds_are_searched_where_told(network, digits):
     for search in ("val", "val+augmented"):
-        assert make_dynamic(network, digits[0], digits[1], search=search).evaluate(*digits[1])["dynamic"] > 0.7
+        found = make_dynamic(network, digits[0], digits[1], search=search).evaluate(*digits[1])
+        assert found["dynamic"] > found["static"] - 0.05
     with pytest.raises(ValueError, match="search"):
         make_dynamic(network, digits[0], digits[1], search="test")
 

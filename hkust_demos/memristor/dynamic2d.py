@@ -22,7 +22,7 @@ from ..data.digits import augment_digits, load_digits8, split
 from .cam import ExitPolicy, ExitResult, SemanticMemory, exit_scores, search_thresholds
 from .crossbar import CrossbarConfig
 from .device import DeviceModel
-from .ternary import (TernaryConv2d, TernaryLinear, build_seeded, calibrate, count_macs, deploy, exit_costs,
+from .ternary import (TernaryConv2d, TernaryLinear, build_seeded, calibrate, deploy, exit_costs,
                                            in_batches, load_network, random_stream, recalibrate_bn, save_network)
 
 # %% ../../nbs/memristor/10_dynamic2d.ipynb #b2d54e51

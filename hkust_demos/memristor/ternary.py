@@ -8,7 +8,6 @@ __all__ = ['BATCH_NORMS', 'ternary_weight', 'TernaryConv2d', 'TernaryLinear', 'b
            'pack_network', 'unpack_network', 'save_network', 'load_network']
 
 # %% ../../nbs/memristor/03_ternary.ipynb #8821bb3a
-import json
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -364,12 +363,8 @@ def pack_network(
     return tensors
 
 # %% ../../nbs/memristor/03_ternary.ipynb #7cc1ffa5
-def unpack_network(
-    network: nn.Module,  # of the same architecture; filled in place
-    tensors: dict[str, Tensor],  # from `pack_network`
-) -> nn.Module:  # the same network, in eval mode
-    "Fill a network from a file."
-    tensors = dict(tensors)
+def _unpack(network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    "Fill the layers; signs and scales also become the value that they use."
     for name, layer in network.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(layer, _TernaryRule) and layer.quantize and f"{prefix}signs" in tensors:
@@ -380,6 +375,17 @@ def unpack_network(
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or extra:
         raise ValueError(f"tensors do not fit the network: missing {', '.join(missing) or 'none'}; unknown {', '.join(extra) or 'none'}")
+
+
+def unpack_network(
+    network: nn.Module,  # of the same architecture; filled in place
+    tensors: dict[str, Tensor],  # from `pack_network`
+) -> nn.Module:  # the same network, in eval mode
+    "Fill a network from a file."
+    try:
+        _unpack(network, dict(tensors))
+    except RuntimeError as error:
+        raise ValueError(f"tensors do not fit the network: {str(error).splitlines()[-1].strip()}") from error
     return network.eval()
 
 # %% ../../nbs/memristor/03_ternary.ipynb #8cfa2686
