@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import NamedTuple
 
-import optuna
 import torch
 from torch import Tensor
 
@@ -50,7 +49,8 @@ def class_centers(
     count = torch.bincount(labels, minlength=n_classes)
     mean = feature.double().mean(0) * center
     centers = total / count[:, None] - mean
-    rounding = 4 * torch.finfo(feature.dtype).eps * feature.abs().amax(0)
+    step = max(4 * torch.finfo(feature.dtype).eps, len(feature) * torch.finfo(torch.float64).eps)
+    rounding = step * feature.abs().amax(0)
     centers[centers.abs() <= rounding] = 0
     return mean.to(feature.dtype), centers.to(feature.dtype)
 
@@ -375,6 +375,7 @@ def _coordinate(problem: _Problem, targets: Tensor, grid: int, rounds: int, rest
 # %% ../../nbs/memristor/02_cam.ipynb #257991d6
 def _tpe(problem: _Problem, target: float, start: Tensor, trials: int, seed: int) -> tuple[Tensor, list[float]]:
     "Best thresholds (E,) and the best J after each trial; the first trial is `start`."
+    import optuna
     low, high = problem.scores.amin(0).tolist(), problem.scores.amax(0).tolist()
     top = [b + max(0.02 * (b - a), 1e-6) for a, b in zip(low, high)]  # values above the highest score never fire
     names = [f"exit {index + 1}" for index in range(len(low))]
@@ -435,28 +436,29 @@ def search_thresholds(
     "Thresholds that save most at nearly the static accuracy."
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; it must be one of {', '.join(METHODS)}")
+    _check_effort(grid=(grid, 2), rounds=(rounds, 1), restarts=(restarts, 0), trials=(trials, 1))
     problem, static = _pose(sims, logits, labels, exit_cost, static_cost, score)
     targets = _targets([tolerance], static)
     if method == "global":
         found, history = _global(problem, targets.item(), grid)
     else:
-        (found,), history = _coordinate(problem, targets, _at_least("grid", grid, 2), _at_least("rounds", rounds, 1), restarts, seed)
+        (found,), history = _coordinate(problem, targets, grid, rounds, restarts, seed)
     if method == "tpe":
-        found, history = _tpe(problem, targets.item(), found, _at_least("trials", trials, 1), seed)
+        found, history = _tpe(problem, targets.item(), found, trials, seed)
     right, cost = problem.sums(found[None])
     return SearchResult(found, right.item() / len(labels), cost.item() / len(labels), history)
 
 # %% ../../nbs/memristor/02_cam.ipynb #1185cf35
-def _at_least(name: str, value: int, lowest: int) -> int:
-    "A count, if it is large enough."
-    if not isinstance(value, int) or value < lowest:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number, at least {lowest}")
-    return value
+def _check_effort(**counts: tuple[int, int]) -> None:
+    "Counts, each with the smallest that makes sense."
+    for name, (value, lowest) in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number, at least {lowest}")
 
 
 def _targets(tolerances: Sequence[float], static: float) -> Tensor:
     "Accuracies that must be kept."
-    if not all(isinstance(t, Real) and 0 <= t <= 1 for t in tolerances):
+    if len(tolerances) == 0 or not all(isinstance(t, Real) and 0 <= t <= 1 for t in tolerances):
         raise ValueError(f"tolerance is {list(tolerances)}; it must be a share from 0 to 1")
     return static - torch.tensor([float(t) for t in tolerances], dtype=torch.float64)
 
@@ -467,8 +469,8 @@ def _pose(sims: Tensor, logits: Tensor, labels: Tensor, exit_cost, static_cost: 
     if not len(labels):
         raise ValueError("labels is empty; thresholds need a validation set with samples")
     static_cost = cost[-1].item() if static_cost is None else static_cost
-    if not (isinstance(static_cost, Real) and static_cost > 0):
-        raise ValueError(f"static_cost is {static_cost!r}; it must be above 0")
+    if not (isinstance(static_cost, Real) and math.isfinite(static_cost) and static_cost > 0):
+        raise ValueError(f"static_cost is {static_cost!r}; it must be a finite number above 0")
     answers = torch.cat([sims.argmax(2), logits.argmax(1, keepdim=True)], 1)
     right = (answers == labels[:, None]).double()
     return _Problem(exit_scores(sims, score=score), right, cost, float(static_cost)), right[:, -1].mean().item()
@@ -488,6 +490,7 @@ def budget_curve(
     seed: int = 0,
 ) -> list[dict[str, float]]:  # tolerance, accuracy, saved: one a tolerance
     "Accuracy against the share of work saved, on samples that chose nothing."
+    _check_effort(grid=(grid, 2), rounds=(rounds, 1), restarts=(restarts, 0))
     problem, static = _pose(*validation, exit_cost, static_cost, score)
     found, _ = _coordinate(problem, _targets(tolerances, static), grid, rounds, restarts, seed)
     judge, _ = _pose(*test, exit_cost, static_cost, score)
