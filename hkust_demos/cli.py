@@ -80,6 +80,9 @@ def _add_house_commands(commands, options: dict) -> None:
     demo.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine only")
     demo.add_argument("--port", type=int, default=7860, help="port to listen on")
     demo.set_defaults(call=_demo)
+    federated = [name for name, method in METHODS.items() if method.family == "federated"]
+    federate = commands.add_parser("federate", help=f"train over clients: `federate {federated[0]} ...` is the same as `{federated[0]} ...`", **options)
+    federate.add_argument("method", choices=federated, help="whose options follow; see hkust-demos METHOD --help")
 
 # %% ../nbs/03_cli.ipynb #a013c3d8
 def build_parser(
@@ -100,9 +103,16 @@ def build_parser(
             command.set_defaults(call=module.run_command)
     return parser
 
+# %% ../nbs/03_cli.ipynb #108bd2fb
+def _without_verb(argv: list[str]) -> list[str]:
+    "`federate METHOD ...` as `METHOD ...`, if the method is federated."
+    named = METHODS.get(argv[1]) if argv[:1] == ["federate"] and len(argv) > 1 else None
+    return argv[1:] if named and named.family == "federated" else argv
+
 # %% ../nbs/03_cli.ipynb #122c51cb
 def _call(argv: list[str]) -> None:
     "Parse, run, print the paths written."
+    argv = _without_verb(argv)
     args, unknown = build_parser(argv[0] if argv else None).parse_known_args(argv)
     if unknown and (args.command not in METHODS or METHODS[args.command].ready):
         raise ValueError(f"unknown option {unknown[0]!r}; see hkust-demos {args.command} --help")
