@@ -97,9 +97,15 @@ def _pictures(setting: str, seed: int, quick: bool) -> Pictures:
 
 
 @lru_cache(maxsize=8)
+def _first(setting: str, seed: int, quick: bool) -> EnsembleResult:
+    "The first learner, which plain and pushed ensembles share."
+    return _train(setting, seed, quick, n_learners=1)
+
+
+@lru_cache(maxsize=8)
 def _plain(setting: str, seed: int, quick: bool) -> EnsembleResult:
     "The ensemble without repulsion."
-    return _train(setting, seed, quick, repulsion=0.0)
+    return _train(setting, seed, quick, repulsion=0.0, seniors=_first(setting, seed, quick).learners)
 
 
 def _train(setting: str, seed: int, quick: bool, **options) -> EnsembleResult:
@@ -112,10 +118,11 @@ def _train(setting: str, seed: int, quick: bool, **options) -> EnsembleResult:
 @lru_cache(maxsize=16)
 def _maps(setting: str, kind: str, seed: int, quick: bool) -> tuple[UncertaintyMaps, float, float]:
     "Maps of all test pictures, similarity of the learners, error on healthy pictures."
-    plain, pictures = _plain(setting, seed, quick), _pictures(setting, seed, quick)
-    learners = plain.learners
-    if kind != "plain":
-        learners = _train(setting, seed, quick, seniors=learners[:1], **OPTIONS.get(kind, {})).learners
+    pictures = _pictures(setting, seed, quick)
+    if kind == "plain":
+        learners = _plain(setting, seed, quick).learners
+    else:
+        learners = _train(setting, seed, quick, seniors=_first(setting, seed, quick).learners, **OPTIONS.get(kind, {})).learners
     maps, similar = dual_space_uncertainty(learners, pictures.test), cka_matrix(learners, pictures.healthy)
     alone = (maps.recon[:, : len(pictures.healthy)] - pictures.healthy[:, 0]).square()
     return maps, similar[~torch.eye(len(learners), dtype=bool)].mean().item(), alone.mean().item()
