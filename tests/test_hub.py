@@ -41,17 +41,19 @@ def test_memory_after_the_start(hub):
     assert hub.memory_at_start < 1.2e9
 
 
-BUTTONS = {"/eora/": "Compress and repair", "/d2ue/": "Examine"}
+BUTTONS = {"/eora/": "Compress and repair", "/d2ue/": "Examine", "/memristor/": "Run", "/fednpr/": "Run"}
+WORDS = {"d2ue": "D2UE", "memristor": "dynamic network", "fednpr": "FedNPR"}
 
 
-@pytest.mark.parametrize("address", ["/", *BUTTONS, "/notebooks/llm/10_eora", "/notebooks/vision/10_d2ue"])
+@pytest.mark.parametrize("address", ["/", *BUTTONS, "/notebooks/llm/10_eora", "/notebooks/vision/10_d2ue", "/notebooks/memristor/10_dynamic2d",
+                                     "/notebooks/federated/10_fednpr"])
 @pytest.mark.parametrize("size", SIZES)
 def test_pages_open_without_error_or_outside_request(hub, page, address, size):
     page.set_viewport_size(SIZES[size])
     page.goto(f"{hub.url}{address}")
-    page.get_by_text("D2UE" if "d2ue" in address else "EoRA").first.wait_for()
+    page.get_by_text(next((words for part, words in WORDS.items() if part in address), "EoRA")).first.wait_for()
     if address in BUTTONS:
-        page.get_by_role("button", name=BUTTONS[address]).wait_for()
+        page.get_by_role("button", name=BUTTONS[address], exact=True).wait_for()
     page.wait_for_timeout(2000)  # a Gradio page keeps a line open, so it never falls idle
     assert page.console_errors == [] and page.outside == []
     assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size]["width"]

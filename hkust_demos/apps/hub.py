@@ -134,6 +134,7 @@ def _warm_up() -> None:
     for method in METHODS.values():
         if method.ready:
             importlib.import_module(method.module)
+            getattr(importlib.import_module(method.app), "warm_up", lambda: None)()
 
 # %% ../../nbs/apps/90_hub.ipynb #4f4867ff
 def serve(

@@ -427,7 +427,7 @@ def search_thresholds(
     tolerance: float = 0.0,  # accuracy that may be lost, as a share
     grid: int = 25,  # quantiles tried for each exit
     rounds: int = 2,  # visits of every exit
-    restarts: int = 8,  # random starting points beside "never exit"
+    restarts: int = 64,  # random starting points beside "never exit"
     trials: int = 200,  # of "tpe"
     static_cost: float | None = None,  # of the network without exits; None: the cost of never leaving
     score: str = "max",  # or "margin"
@@ -486,7 +486,7 @@ def budget_curve(
     score: str = "max",
     grid: int = 25,
     rounds: int = 2,
-    restarts: int = 8,
+    restarts: int = 64,
     seed: int = 0,
 ) -> list[dict[str, float]]:  # tolerance, accuracy, saved: one a tolerance
     "Accuracy against the share of work saved, on samples that chose nothing."
