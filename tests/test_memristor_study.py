@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 import torch
 
-import hkust_demos.memristor.study as room
+import hkust_demos.memristor.chip_study as room
 from hkust_demos.memristor.dynamic2d import evaluation_features
-from hkust_demos.memristor.study import (ABLATIONS, CHIP_DESIGNS, METRICS, NOISES, SETTINGS, TILES, all_variants, compare_rates, exits_for,
+from hkust_demos.memristor.chip_study import (ABLATIONS, CHIP_DESIGNS, METRICS, NOISES, SETTINGS, TILES, all_variants, compare_rates, exits_for,
                                          picture, run, samples, setting, study, thin, trained)
 
 RESULTS = Path(__file__).parent.parent / "results"
