@@ -260,6 +260,8 @@ def test_personal_model_of_a_client():
     result = run_local(*digits_apps(), 2, {**SHORT, "keep-local": "head.*"})
     model = result.load(digits_model({}), client=1)
     assert model.head.weight.equal(local_state(result.contexts[1])["model.head.weight"]) and model.body[0].weight.equal(result.arrays["body.0.weight"])
+    with pytest.raises(ValueError, match="client is 7"):
+        result.load(digits_model({}), client=7)
     with pytest.raises(ValueError, match="another one"):
         result.load(nn.Linear(3, 3))
 

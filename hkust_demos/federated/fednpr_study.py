@@ -76,6 +76,16 @@ def pooled_model(
     return model.eval()
 
 # %% ../../nbs/federated/11_fednpr_study.ipynb #0347c9f6
+def _deal(labels: Tensor, counts: np.ndarray) -> list[Tensor]:
+    "Indices for each client: of each class, the next ones as its row of `counts` says."
+    rows: list[list[Tensor]] = [[] for _ in counts]
+    for c, wanted in enumerate(counts.T):
+        mine = torch.nonzero(labels == c)[:, 0]
+        for client, piece in enumerate(mine[: wanted.sum()].split(wanted.tolist())):
+            rows[client].append(piece)
+    return [torch.cat(pieces) for pieces in rows]
+
+# %% ../../nbs/federated/11_fednpr_study.ipynb #e63aa623
 @lru_cache(maxsize=6)
 def digits_federation(
     seed: int = 0,
@@ -90,13 +100,7 @@ def digits_federation(
     noisy = lambda part: part.images + noise * torch.randn(part.images.shape, generator=generator)
     images, held_out, more = noisy(train), TensorDataset(noisy(test), test.labels), TensorDataset(noisy(probe), probe.labels)
     totals = np.minimum(long_tail_counts(110, num_classes=10), train.labels.bincount().numpy())
-    counts = dirichlet_counts(totals, num_clients=num_clients, alpha=alpha, seed=seed)
-    rows: list[list[Tensor]] = [[] for _ in range(num_clients)]
-    for digit in range(10):
-        mine = torch.nonzero(train.labels == digit)[:, 0]
-        for client, piece in enumerate(mine[: counts[:, digit].sum()].split(counts[:, digit].tolist())):
-            rows[client].append(piece)
-    kept = [torch.cat(pieces) for pieces in rows]
+    kept = _deal(train.labels, dirichlet_counts(totals, num_clients=num_clients, alpha=alpha, seed=seed))
     known = [torch.isin(test.labels, train.labels[index]) for index in kept]
     clients = [ClientData(TensorDataset(images[i], train.labels[i]), TensorDataset(*(t[k] for t in held_out.tensors))) for i, k in zip(kept, known)]
     return clients, held_out, more
@@ -166,23 +170,28 @@ def run(
 SHOWN = ("fedavg/bsm", "local-head/bsm", "npr/0.3", "local-head/npr-0.3", "npr/paper", "npr/released")
 
 
+def _dots(panel, values: pd.DataFrame, pairs: Sequence[tuple[str, str]], metric: str, ink: str) -> None:
+    "One row of dots for each pair, a bar at their mean."
+    panel.axvline(0, color=ink, linewidth=1, linestyle="--")
+    for place, (name, other) in enumerate(pairs):
+        difference = 100 * (values.loc[name, metric] - values.loc[other, metric]).dropna()
+        panel.plot(difference, np.full(len(difference), place), "o", color=COLORS["ours" if "npr" in name else "baseline"], alpha=0.7)
+        panel.plot(difference.mean(), place, "|", color=ink, markersize=16, markeredgewidth=2)
+    panel.set(title=f"{metric} test", xlabel="points of balanced accuracy")
+
+# %% ../../nbs/federated/11_fednpr_study.ipynb #e438d535
 def picture(table: pd.DataFrame) -> Figure | None:
     "Differences to the baseline, seed by seed; None if no row has its baseline."
     pairs = [(name, baselines()[name]) for name in SHOWN if {name, baselines()[name]} <= set(table.variant)]
     if not pairs:
         return None
-    values = table.set_index(["variant", "seed"])
     with house_style() as tone:
         figure = Figure(figsize=(8.6, 0.9 + 0.45 * len(pairs)), layout="constrained")
-        for panel, metric in zip(figure.subplots(1, 2, sharey=True), ("global", "local")):
-            panel.axvline(0, color=tone["ink"], linewidth=1, linestyle="--")
-            for place, (name, other) in enumerate(pairs):
-                difference = 100 * (values.loc[name, metric] - values.loc[other, metric]).dropna()
-                panel.plot(difference, np.full(len(difference), place), "o", color=COLORS["ours" if "npr" in name else "baseline"], alpha=0.7)
-                panel.plot(difference.mean(), place, "|", color=tone["ink"], markersize=16, markeredgewidth=2)
-            panel.set(title=f"{metric} test", xlabel="points of balanced accuracy")
-        panel.set_yticks(range(len(pairs)), [f"{name}\n− {other}" for name, other in pairs], fontsize=8)
-        panel.invert_yaxis()
+        panels = figure.subplots(1, 2, sharey=True)
+        for panel, metric in zip(panels, ("global", "local")):
+            _dots(panel, table.set_index(["variant", "seed"]), pairs, metric, tone["ink"])
+        panels[0].set_yticks(range(len(pairs)), [f"{name}\n− {other}" for name, other in pairs], fontsize=8)
+        panels[0].set_ylim(len(pairs) - 0.5, -0.5)
         return figure
 
 
