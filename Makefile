@@ -75,7 +75,7 @@ study: $(INSTALLED)  ## run the studies (hours): tables and pictures into result
 		$(BIN)/hkust-demos study $$method --seeds $(SEEDS) --out $(OUT); done
 
 bench: $(INSTALLED)  ## time every method side by side with its published arithmetic
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	@for file in benchmarks/[!_]*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
 docs: $(INSTALLED_DEV)  ## a site of all notebooks in _docs/, readable offline
 	$(BIN)/python tools/build_docs.py

@@ -11,24 +11,13 @@ Picks of both ways must be the same, and the members of every ball that is not f
 """
 import argparse
 import json
-import time
 from pathlib import Path
-from statistics import median
 
 import torch
 
+from _timing import timed
 from hkust_demos.memristor.pointnet import LEVELS, PointNet2Lite, ball_query, farthest_point_sample, neighborhoods, unpack_neighborhoods
 from hkust_demos.memristor.ternary import build_seeded
-
-
-def timed(action, repeats: int = 9) -> tuple[float, object]:
-    "(median seconds, result) of a call, after one that is not counted."
-    result, seconds = action(), []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        result = action()
-        seconds.append(time.perf_counter() - begun)
-    return median(seconds), result
 
 
 def rows_of(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -13,29 +13,19 @@ ReLU features, a memory programmed with 15 % noise), searched by 400 digits.
 import argparse
 import json
 import math
-import time
 from itertools import combinations
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 import torch
 from sklearn.datasets import load_digits
 
+from _timing import timed
 from hkust_demos.memristor.cam import SemanticMemory, _coordinate, _global, _grid, _pose, _tpe
 from hkust_demos.memristor.device import DeviceModel
 
 TRAIN, SEARCH = slice(0, 1000), slice(1000, 1400)
 BLOCK, MATCH, HEAD, GRID = 10_000, 960, 960, 25
-
-
-def timed(action, repeats: int = 9) -> tuple[float, object]:
-    "(median seconds, result) of a call, after one that is not counted."
-    result, seconds = action(), []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        result = action()
-        seconds.append(time.perf_counter() - begun)
-    return median(seconds), result
 
 
 def cached_answers(depths: tuple[int, ...], seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

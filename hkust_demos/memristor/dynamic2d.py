@@ -23,7 +23,7 @@ from .cam import ExitPolicy, ExitResult, SemanticMemory, exit_scores, search_thr
 from .crossbar import CrossbarConfig
 from .device import DeviceModel
 from .ternary import (TernaryConv2d, TernaryLinear, build_seeded, calibrate, deploy, exit_costs,
-                                           in_batches, load_network, random_stream, recalibrate_bn, save_network)
+                                           in_batches, load_network, mixed, random_stream, recalibrate_bn, save_network)
 
 # %% ../../nbs/memristor/10_dynamic2d.ipynb #b2d54e51
 class ResidualBlock(nn.Module):
@@ -282,7 +282,7 @@ def program_network(
     **options,  # of `deploy`: mapping, read_noise, age
 ) -> nn.Module:  # a copy, on a chip
     "Write a network and make its digital periphery fit the chip."
-    chip, some = deploy(network, device, config, seed=seed, **options), next(in_batches(inputs, n_calibration))
+    chip, some = deploy(network, device, config, seed=seed, **options), next(in_batches(mixed(inputs), n_calibration))
     if reestimate_bn:
         chip = calibrate(chip.train(), some) if config else chip  # ranges by the batch's own statistics: the stored ones fit another chip
         chip = recalibrate_bn(chip, inputs)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BATCH_NORMS', 'ternary_weight', 'TernaryConv2d', 'TernaryLinear', 'build_seeded', 'ProgrammedLayer', 'random_stream',
-           'deploy', 'chip_layers', 'calibrate', 'in_batches', 'recalibrate_bn', 'count_macs', 'exit_costs',
+           'deploy', 'chip_layers', 'calibrate', 'in_batches', 'mixed', 'recalibrate_bn', 'count_macs', 'exit_costs',
            'pack_network', 'unpack_network', 'save_network', 'load_network']
 
 # %% ../../nbs/memristor/03_ternary.ipynb #8821bb3a
@@ -42,7 +42,24 @@ def _check_layer(bias: bool, factor: float, per: str) -> None:
         raise ValueError(f'per is {per!r}; choose "tensor" or "row"')
 
 # %% ../../nbs/memristor/03_ternary.ipynb #6c62eb21
-class _TernaryRule:
+class _TernaryArguments:
+    "What the two layers take beside torch's own arguments."
+
+    def __init__(
+        self,
+        *args,  # as for the torch layer of the same kind
+        bias: bool = False,  # unsupported
+        factor: float = 0.7,  # threshold in units of the mean magnitude
+        per: str = "tensor",  # one scale for the "tensor", or one a "row"
+        quantize: bool = True,  # False: an ordinary float layer
+        **kwargs,  # as for the torch layer
+    ):
+        _check_layer(bias, factor, per)
+        super().__init__(*args, bias=False, **kwargs)
+        self.factor, self.per, self.quantize = factor, per, quantize
+
+# %% ../../nbs/memristor/03_ternary.ipynb #ec803427
+class _TernaryRule(_TernaryArguments):
     "What the two layers share: how the stored float weight becomes the one that is used."
     frozen: Ternary | None = None  # set by loading; training again forgets it
 
@@ -66,43 +83,17 @@ class _TernaryRule:
         rule = f"factor={self.factor}, per={self.per!r}" if self.quantize else "float"
         return f"{super().extra_repr()}, {rule}"
 
-# %% ../../nbs/memristor/03_ternary.ipynb #ec803427
+# %% ../../nbs/memristor/03_ternary.ipynb #3885ee1d
 class TernaryConv2d(_TernaryRule, nn.Conv2d):
     "nn.Conv2d with ternary weights and no bias."
-
-    def __init__(
-        self,
-        *args,  # as for nn.Conv2d: in_channels, out_channels, kernel_size, stride, padding, dilation, groups
-        bias: bool = False,  # unsupported
-        factor: float = 0.7,  # threshold in units of the mean magnitude
-        per: str = "tensor",  # one scale for the "tensor", or one a "row"
-        quantize: bool = True,  # False: an ordinary float layer
-        **kwargs,  # as for nn.Conv2d
-    ):
-        _check_layer(bias, factor, per)
-        super().__init__(*args, bias=False, **kwargs)
-        self.factor, self.per, self.quantize = factor, per, quantize
 
     def forward(self, image: Tensor) -> Tensor:
         "(B, C, H, W) to (B, out, H', W')."
         return self._conv_forward(image, self.effective_weight(), None)
 
-# %% ../../nbs/memristor/03_ternary.ipynb #3885ee1d
+# %% ../../nbs/memristor/03_ternary.ipynb #42ddc2ee
 class TernaryLinear(_TernaryRule, nn.Linear):
     "nn.Linear with ternary weights and no bias; on (..., in), so it serves points as well."
-
-    def __init__(
-        self,
-        *args,  # as for nn.Linear: in_features, out_features
-        bias: bool = False,  # unsupported
-        factor: float = 0.7,  # threshold in units of the mean magnitude
-        per: str = "tensor",  # one scale for the "tensor", or one a "row"
-        quantize: bool = True,  # False: an ordinary float layer
-        **kwargs,  # as for nn.Linear
-    ):
-        _check_layer(bias, factor, per)
-        super().__init__(*args, bias=False, **kwargs)
-        self.factor, self.per, self.quantize = factor, per, quantize
 
     def forward(self, inputs: Tensor) -> Tensor:
         "(..., in) to (..., out)."
@@ -266,6 +257,17 @@ def in_batches(
     yield from zip(*(part.tensor_split(-(-len(part) // batch)) for part in inputs))
 
 # %% ../../nbs/memristor/03_ternary.ipynb #0f6497c5
+def mixed(
+    inputs: Tensor | tuple[Tensor, ...],  # (N, ...) or several such
+    *,
+    seed: int = 0,
+) -> tuple[Tensor, ...]:  # the same samples, shuffled alike
+    "Samples in a random order that is the same each time."
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    order = torch.randperm(len(inputs[0]), generator=random_stream(seed))
+    return tuple(part[order] for part in inputs)
+
+# %% ../../nbs/memristor/03_ternary.ipynb #d0e69758
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -284,7 +286,7 @@ def recalibrate_bn(
         norm.momentum = None  # cumulative average over batches
         norm.train()
     try:
-        for part in in_batches(inputs, batch):
+        for part in in_batches(mixed(inputs), batch):
             network(*part)
     finally:
         for norm, momentum in zip(norms, momenta):
