@@ -77,7 +77,7 @@ _FEDERATED = [
 _MEMRISTOR = [
     _method("memristor", "Memristor dynamic network", "memristor/10_dynamic2d", 2024, "arXiv", "https://arxiv.org/abs/2407.08990",
             "Semantic memory-based dynamic neural network using memristive ternary CIM and CAM for 2D and 3D vision",
-            "Easy inputs leave a ternary in-memory network early, through an associative memory that recognizes them."),
+            "Easy inputs leave a ternary in-memory network early, through an associative memory that recognizes them.", ready=True),
 ]
 METHODS: dict[str, Method] = {method.name: method for method in [*_LLM, *_VISION, *_FEDERATED, *_MEMRISTOR]}
 
