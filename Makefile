@@ -33,15 +33,16 @@ READY = $$($(BIN)/python -c "from hkust_demos.catalog import METHODS; print(*(na
 TRAINED = $$($(BIN)/python -c "from importlib import import_module as load; from hkust_demos.catalog import METHODS; print(*(m.name for m in METHODS.values() if m.ready and hasattr(load(m.module), 'train')))")
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-test nbs docs readme bench: export HF_HUB_OFFLINE := 1
-test nbs docs readme bench: export HF_HUB_DISABLE_TELEMETRY := 1
+test test-slow nbs docs readme bench: export HF_HUB_OFFLINE := 1
+test test-slow nbs docs readme bench: export HF_HUB_DISABLE_TELEMETRY := 1
 test nbs docs readme bench: export GRADIO_ANALYTICS_ENABLED := False
-test nbs: export OMP_NUM_THREADS := 1
+test test-slow nbs: export OMP_NUM_THREADS := 1
+test-slow: export HKUST_RESULTS := results
 
-.PHONY: help demo test lab nbs study bench docs readme weights clean install browser
+.PHONY: help demo test test-slow lab nbs study bench docs readme weights clean install browser
 
 help:  ## list the commands
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
 
 demo: $(INSTALLED)  ## install what is missing and open all demos at http://127.0.0.1:7860
 	@$(BIN)/hkust-demos prepare
@@ -55,6 +56,9 @@ test: $(INSTALLED_DEV) browser  ## everything CI checks: library == notebooks, s
 	$(BIN)/python tools/build_readme.py --check
 	$(call limited,1800,$(BIN)/nbdev_test --n_workers 2 --timing)
 	$(call limited,1800,$(BIN)/python -m pytest -q tests)
+
+test-slow: $(INSTALLED_DEV)  ## what takes minutes and real processes: the federated deployment, Ray where it is installed
+	$(call limited,3600,$(BIN)/python -m pytest -q -m slow -rs tests)
 
 install: $(INSTALLED_DEV)  ## create .venv with everything, start nothing
 

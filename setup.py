@@ -24,7 +24,7 @@ setup(
     package_data={library: ["apps/gallery/*.png", "data/*", "weights/*/*"]},
     python_requires=f">={config['min_python']}",
     install_requires=config["requirements"].split(),
-    extras_require={name: config[f"{name}_requirements"].split() for name in ("lab", "eval", "dev")},
+    extras_require={name: config[f"{name}_requirements"].split() for name in ("lab", "eval", "simulation", "dev")},
     entry_points={
         "console_scripts": [config["console_scripts"]],
         "nbdev": [f"{library}={library}._modidx:d"],

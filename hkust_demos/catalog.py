@@ -64,7 +64,8 @@ _VISION = [
 _FEDERATED = [
     _method("fednpr", "FedNPR", "federated/10_fednpr", 2024, "arXiv", "https://arxiv.org/abs/2407.12446",
             "Non-parametric regularization for class imbalance federated medical image classification",
-            "A classifier without weights, made of class prototypes, keeps rare classes apart when hospitals see different mixes."),
+            "A classifier without weights, made of class prototypes, keeps rare classes apart when hospitals see different mixes.",
+            ready=True),
     _method("fedia", "FedIA", "federated/20_fedia", 2024, "MICCAI", "https://arxiv.org/abs/2407.02280",
             "FedIA: Federated Medical Image Segmentation with Heterogeneous Annotation Completeness",
             "Clients whose annotations are incomplete are found out, corrected and weighted, and the shared segmentation recovers."),

@@ -11,6 +11,7 @@ import hkust_demos.apps.common as common
 # %% ../../nbs/apps/90_hub.ipynb #27ea747f
 import html
 import importlib
+import os
 import socket
 import threading
 import time
@@ -136,6 +137,11 @@ def _warm_up() -> None:
             importlib.import_module(method.module)
             getattr(importlib.import_module(method.app), "warm_up", lambda: None)()
 
+# %% ../../nbs/apps/90_hub.ipynb #10e526e1
+def _one_thread_a_sum() -> None:
+    "Ask numerical libraries that are loaded later for one thread, unless somebody asked for another number."
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # %% ../../nbs/apps/90_hub.ipynb #4f4867ff
 def serve(
     host: str = "127.0.0.1",  # this machine only
@@ -148,6 +154,7 @@ def serve(
             probe.bind((host, port))
         except OSError as error:
             raise OSError(f"port {port} on {host} is taken; choose another one with --port") from error
+    _one_thread_a_sum()
     server = uvicorn.Server(uvicorn.Config(build_hub(), host=host, port=port, log_level="warning"))
     threading.Thread(target=_warm_up, daemon=True).start()
     print(f"hkust-demos is at http://{host}:{port}  (Ctrl-C stops it)", flush=True)

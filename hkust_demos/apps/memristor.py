@@ -58,6 +58,11 @@ class Look(NamedTuple):
     inputs: object  # of one sample
     truth: str  # known answer, or nothing
     warnings: tuple[str, ...]
+    live: bool = False  # asked by a slider: fewer samples
+
+    def chip(self):
+        "The chip in view."
+        return _engine().build_chip(self.task, self.settings, live=self.live)
 
 # %% ../../nbs/apps/30_memristor.ipynb #4a6bf389
 def _digit(source, network, pick, number, drawing, upload):
@@ -117,8 +122,10 @@ def _answer(look, found, report) -> str:
 # %% ../../nbs/apps/30_memristor.ipynb #dc83dcfa
 def _crowd(accuracy, task) -> str:
     "What many inputs did."
-    return (f"\n\nThis chip on {accuracy.n} test {'clouds' if task == 'shapes' else 'digits'}: {accuracy.dynamic:.1%} right, {accuracy.static:.1%} without exits; "
-            f"exits save {accuracy.budget_cut:.0%} of the work and {accuracy.energy_cut:.0%} of the energy.")
+    all_of_them, things = len(_engine().load_task(task).test[1]), "clouds" if task == "shapes" else "digits"
+    number, hint = (f"{accuracy.n}", "") if accuracy.n == all_of_them else (f"{accuracy.n} of {all_of_them}", " Press **Run** to measure all.")
+    return (f"\n\nThis chip on {number} test {things}: {accuracy.dynamic:.1%} right, {accuracy.static:.1%} without exits; "
+            f"exits save {accuracy.budget_cut:.0%} of the work and {accuracy.energy_cut:.0%} of the energy.{hint}")
 
 # %% ../../nbs/apps/30_memristor.ipynb #c82f7310
 def _doubts(look, found) -> str:
@@ -138,7 +145,7 @@ def _look(source, network, pick, number, drawing, picture, kind, number3, mesh, 
 def _show(look, progress=lambda share, desc: None):
     "(sentence, look, charts of input and ladder, of energy, of the test set)."
     progress(0.2, desc="programming the chip")
-    chip = _engine().build_chip(look.task, look.settings)
+    chip = look.chip()
     progress(0.7, desc="reading through tiles")
     found, report, accuracy = chip.through_tiles(look.inputs), chip.energy(look.inputs), chip.accuracy_report()
     sentence = _answer(look, found, report) + _crowd(accuracy, look.task) + _doubts(look, found)
@@ -159,7 +166,8 @@ def _live(look, *choices):
     source = choices[0]
     if source.startswith("my") and (look is None or look.source != source):
         return tuple(gr.skip() for _ in range(9))
-    return _show(look._replace(settings=_settings(*choices[10:])) if source == "my 3-D file" else _look(*choices))
+    found = look._replace(settings=_settings(*choices[10:])) if source == "my 3-D file" else _look(*choices)
+    return _show(found._replace(live=True))
 
 # %% ../../nbs/apps/30_memristor.ipynb #52ce9f42
 def _first_charts(inputs, found):
@@ -195,7 +203,7 @@ def _looked(look) -> Look:
 def _inside(layer, tile, look):
     "Lists of layers and tiles; maps, histogram and wires of one tile."
     look = _looked(look)
-    chip = _engine().build_chip(look.task, look.settings)
+    chip = look.chip()
     layer = layer if layer in chip.layers else next(name for name in chip.layers if name.startswith("blocks"))
     n_tiles = chip.layers[layer][0]
     tile = min(int(tile), n_tiles)
@@ -221,7 +229,7 @@ def _balls(level, ball, look):
 def _sweep(look):
     "Accuracy against noise, with the chip in use."
     look = _looked(look)
-    kind, chip = look.settings.noise_kind, _engine().build_chip(look.task, look.settings)
+    kind, chip = look.settings.noise_kind, look.chip()
     stored = _engine().noise_sweep(look.task, kind, look.settings.reestimate_bn)
     return _views().noise_chart(stored.amounts, {"ternary": stored.ternary, "float": stored.linear},
                                 here=(look.settings.amount, chip.accuracy_report().static), x_label=AMOUNT_LABEL[kind].lower())
@@ -399,7 +407,7 @@ def _cloud_tab() -> list:
     return [level, ball, _plot("Cloud", "Blue centers lie far from each other; each looks only at its ball. Turn the cloud with mouse or finger.")]
 
 # %% ../../nbs/apps/30_memristor.ipynb #955b8cb0
-TABS = {"first": ("Exit ladder", _first_tab), "energy": ("Energy", _energy_tab), "crowd": ("500 test inputs", _crowd_tab),
+TABS = {"first": ("Exit ladder", _first_tab), "energy": ("Energy", _energy_tab), "crowd": ("Test set", _crowd_tab),
         "inside": ("Inside the chip", _inside_tab), "noise": ("Noise and yield", _noise_tab), "cloud": ("Cloud", _cloud_tab)}
 
 

@@ -186,7 +186,7 @@ def _hospital_commands(server: str, port: int, num_clients: int) -> str:
     nodes = "\n".join(f"""# hospital {i}
 python -c "from hkust_demos.federated.deploy import make_node_key; make_node_key('hospital-{i}.key')"  # once; send hospital-{i}.key.pub
 flower-supernode --superlink {server}:{port} --root-certificates ca.crt --auth-supernode-private-key hospital-{i}.key \\
-  --node-config 'partition-id={i} num-partitions={num_clients} data-dir="/data"'""" for i in range(num_clients))
+  --node-config 'partition-id={i} num-partitions={num_clients} data-dir="/data" state-dir="/var/fl"'""" for i in range(num_clients))
     return f"""## Each hospital
 
 ```text
@@ -480,7 +480,7 @@ def _run_processes(apps: str, num_clients: int, out: Path, config: dict[str, Any
     "A run in processes of its own."
     work = out / f"federation-{time.strftime('%Y%m%d-%H%M%S')}"
     app = write_flower_app(work / "flower_app", apps, config=config)
-    with Federation(work, num_clients, simulation=simulation) as federation:
+    with Federation(work, num_clients, simulation=simulation, node_config={"state-dir": str(out)}) as federation:
         wait_for_run(federation, submit(federation, app, {"num-clients": num_clients, **config}), timeout=timeout)
     return read_result(out)
 

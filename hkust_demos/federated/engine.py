@@ -1051,6 +1051,8 @@ class FederatedResult:
     def load(self, model: nn.Module, client: int | None = None) -> nn.Module:
         "Averaged weights into a model; with `client` also what that client keeps."
         if client is not None:
+            if not 0 <= client < len(self.contexts):
+                raise ValueError(f"client is {client}; the personal layers of {len(self.contexts)} clients are at hand")
             model.load_state_dict(_part(local_state(self.contexts[client]), "model"), strict=False)
         missing = [name for name in self.arrays if name not in model.state_dict()]
         if missing:

@@ -229,11 +229,18 @@ def solve_ir_drop(
     return splu(_nodal_matrix(g, g_wire)).solve(sources)[-n:] * g_wire
 
 # %% ../../nbs/memristor/01_crossbar.ipynb #3dcaa7af
-def _word_line(n: int) -> Tensor:
-    "Segments of one word line (n, n) in units of the wire: driven at the first node, open behind the last."
-    line = 2 * torch.eye(n, dtype=torch.float64) - torch.ones(n - 1, dtype=torch.float64).diag(1) - torch.ones(n - 1, dtype=torch.float64).diag(-1)
-    line[-1, -1] -= 1
-    return line
+def _word_lines(a: Tensor) -> tuple[Tensor, Tensor]:
+    "Factors p and q (..., n) of the inverse of each word line with cells (..., n) in units of the wire."
+    d = a + 2.0  # driven at the first node, open behind the last
+    d[..., -1] -= 1
+    r, s = d.clone(), d.clone()
+    for j in range(1, a.shape[-1]):
+        r[..., j] -= 1 / r[..., j - 1]
+        s[..., -1 - j] -= 1 / s[..., -j]
+    p = torch.cat([torch.ones_like(r[..., :1]), r[..., :-1].cumprod(-1)], -1)
+    if not torch.isfinite(p).all():
+        raise ValueError("wires resist so much that nothing reaches the end of a line; check the units, siemens and ohm")
+    return p, 1 / (r + s - d) / p
 
 
 def _inverse(matrix: Tensor) -> Tensor:
@@ -244,13 +251,15 @@ def _inverse(matrix: Tensor) -> Tensor:
 def _walk_down(a: Tensor) -> Tensor:
     "Transfer matrices (..., m, n) in units of the wire, for cells (..., m, n) in units of the wire."
     m, n = a.shape[-2:]
-    line, injected, inverse = _word_line(n), a.new_zeros(*a.shape[:-2], n, m), a.new_zeros(n, n)
+    (p, q), upper = _word_lines(a), torch.ones(n, n, dtype=torch.bool).triu()
+    injected, inverse = a.new_zeros(*a.shape[:-2], n, m), a.new_zeros(n, n)
     for i in range(m):
         cells = a[..., i, :]
-        word = _inverse(line + torch.diag_embed(cells))
-        schur = torch.diag_embed(cells + (2.0 if i else 1.0)) - cells[..., :, None] * word * cells[..., None, :] - inverse
+        left, right = cells * p[..., i, :], cells * q[..., i, :]
+        half = left[..., :, None] * right[..., None, :]
+        schur = torch.diag_embed(cells + (2.0 if i else 1.0)) - torch.where(upper, half, half.mT) - inverse
         injected[..., :i] = inverse @ injected[..., :i]
-        injected[..., i] = cells * word[..., 0]
+        injected[..., i] = right  # p_1 is 1
         inverse = _inverse(schur)
     return (inverse @ injected).mT
 
