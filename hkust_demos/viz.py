@@ -23,7 +23,7 @@ COLORS = {"ours": "#0072B2", "baseline": "#8A8A8A", "second": "#E69F00", "third"
           "fifth": "#56B4E9", "warn": "#D55E00"}
 ROLES = {"eora": "ours", "svd": "baseline", "act-s": "second", "rms": "third", "predicted": "fifth", "pruned": "warn",
          "weight": "baseline", "d2ue": "ours", "dsu": "fifth", "repulsion": "fourth", "spread": "baseline", "reconstruction": "second",
-         "output": "ours"}
+         "output": "ours", "ternary": "ours", "float": "baseline"}
 PAPER = {False: {"ink": "#1F2933", "soft": "#5F6B76", "grid": "#DDE3E8", "paper": "#FFFFFF"},
          True: {"ink": "#E6EAEE", "soft": "#A7B1BA", "grid": "#36424D", "paper": "#14191F"}}
 

@@ -84,6 +84,7 @@ def federation(tmp_path_factory):
     for name, process in running.running.items():
         assert process.poll() is not None, f"{name} is still running"
     if "resumed_against_undisturbed" in REPORT and (folder := os.environ.get("HKUST_RESULTS")):
+        Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, "federated_deploy.json").write_text(json.dumps(REPORT, indent=2) + "\n")
 
 

@@ -34,4 +34,5 @@ def test_same_weights_as_in_process(tmp_path):
     if folder := os.environ.get("HKUST_RESULTS"):
         found = {"ray": version("ray"), "flwr": version("flwr"), "clients": 3, "rounds": 3, "seconds": round(seconds, 1),
                  "load_average": os.getloadavg()[0], "in_process_against_simulation": largest}
+        Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, "federated_simulation.json").write_text(json.dumps(found, indent=2) + "\n")

@@ -321,7 +321,7 @@ class VirtualChip(_Chip):
         return _ir_drop(self, layer, tile)
 
 # %% ../../nbs/memristor/22_apply.ipynb #d81f67d4
-LIVE = {"digits": (250, 250, 300), "mnist": (250, 250, 300), "shapes": (100, 100, 150)}  # samples that calibrate, choose thresholds, judge
+LIVE = {"digits": (250, 250, 300), "mnist": (250, 250, 300), "shapes": (80, 80, 120)}  # samples that calibrate, choose thresholds, judge
 ROLES = ("calibration", "validation", "test")
 
 
