@@ -5,6 +5,7 @@ import time
 
 import gradio as gr
 import numpy as np
+import psutil
 import pytest
 import trimesh
 from gradio_client import Client, handle_file
@@ -40,6 +41,14 @@ def server():
     running = Server()
     yield running
     running.blocks.close()
+    wait_until_idle()
+
+
+def wait_until_idle(limit_s=30):
+    "A page that left may have a chart in the making; Python must not end under a thread that computes (it would abort)."
+    process, end = psutil.Process(), time.monotonic() + limit_s
+    while process.cpu_percent(0.3) > 20 and time.monotonic() < end:
+        pass
 
 
 @pytest.fixture(scope="module")
