@@ -36,6 +36,7 @@ def warm_up() -> None:
     for task in ("digits", "shapes", "mnist"):
         chip = engine.build_chip(task, engine.ChipSettings())
         chip.accuracy_report(), chip.budget_curve(), chip.through_tiles(chip.task.sample(0)[0])
+    _show(Look("a test digit", "digits", engine.ChipSettings(), engine.load_task("digits").sample(0)[0], "", ()))
 
 # %% ../../nbs/apps/30_memristor.ipynb #a58cd1dd
 SOURCES = {"a test digit": "digits", "my drawing": "digits", "my picture": "digits", "a generated shape": "shapes", "my 3-D file": "shapes"}
