@@ -138,9 +138,9 @@ def _warm_up() -> None:
             getattr(importlib.import_module(method.app), "warm_up", lambda: None)()
 
 # %% ../../nbs/apps/90_hub.ipynb #10e526e1
-def _one_thread_a_sum() -> None:
-    "Ask numerical libraries that are loaded later for one thread, unless somebody asked for another number."
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+def _half_the_cores() -> None:
+    "Ask numerical libraries that are loaded later for half the cores, unless somebody asked for another number."
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
 
 # %% ../../nbs/apps/90_hub.ipynb #4f4867ff
 def serve(
@@ -154,7 +154,7 @@ def serve(
             probe.bind((host, port))
         except OSError as error:
             raise OSError(f"port {port} on {host} is taken; choose another one with --port") from error
-    _one_thread_a_sum()
+    _half_the_cores()
     server = uvicorn.Server(uvicorn.Config(build_hub(), host=host, port=port, log_level="warning"))
     threading.Thread(target=_warm_up, daemon=True).start()
     print(f"hkust-demos is at http://{host}:{port}  (Ctrl-C stops it)", flush=True)
