@@ -206,7 +206,7 @@ def test_bad_pictures_are_sentences(client, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(AppError) as error:
         press(client, source="my picture", picture=handle_file(tmp_path / name))
-    assert name in sentence(error, tmp_path)
+    assert f"{name} cannot be read as a picture; give PNG, JPEG" in sentence(error, tmp_path)
 
 
 def test_a_missing_upload_is_a_sentence(client):

@@ -6,7 +6,7 @@
 __all__ = ['PARTITIONS', 'VARIANTS', 'CHOSEN', 'IMAGES', 'NATURAL', 'DRAWN', 'STYLE', 'warm_up', 'build']
 
 # %% ../../nbs/apps/40_fednpr.ipynb #2428bf05
-from .common import footer, header, user_errors
+from .common import captioned_plot, footer, header, plots_side_by_side, user_errors
 
 # %% ../../nbs/apps/40_fednpr.ipynb #8f3b0f8c
 import shutil
@@ -236,30 +236,20 @@ def _left_widgets() -> tuple[list, gr.CheckboxGroup, tuple]:
     return [*settings, *_training_widgets()], variants, buttons
 
 # %% ../../nbs/apps/40_fednpr.ipynb #9d7b40ba
-def _plot(label: str, sentence: str) -> gr.Plot:
-    "A chart with its sentence."
-    chart = gr.Plot(label=label, show_label=False)
-    gr.Markdown(sentence)
-    return chart
-
-# %% ../../nbs/apps/40_fednpr.ipynb #045460ef
 def _run_widgets() -> list:
     "How far, table, then the split with its notes, then four charts, button and file."
     bar = gr.Markdown("ready", height=44)
     text = gr.Markdown("Press **Run**: all variants train side by side, one round each in turn. The default takes about a minute; stop whenever you like.")
     split, notes = gr.Plot(label="Who holds what", show_label=False), gr.Markdown()
-    with gr.Row():
-        with gr.Column(min_width=310):
-            rounds = _plot("Rounds", "One averaged network, equally many test pictures of each class.")
-        with gr.Column(min_width=310):
-            clients = _plot("Clients", "Same colors. Each client is judged on the classes it has; own heads help here.")
-    recall = _plot("Recall", "The number below a class counts its training pictures. Plain averaging forgets the right end.")
-    features = _plot("Features", "Points: common test. Stars: prototypes of the first client. More on the next tab.")
+    rounds, clients = plots_side_by_side(("Rounds", "One averaged network, equally many test pictures of each class."),
+                                         ("Clients", "Same colors. Each client is judged on the classes it has; own heads help here."))
+    recall = captioned_plot("Recall", "The number below a class counts its training pictures. Plain averaging forgets the right end.")
+    features = captioned_plot("Features", "Points: common test. Stars: prototypes of the first client. More on the next tab.")
     with gr.Row():
         make, files = gr.Button("Make the files of this run"), gr.File(label="Weights, report, history, pictures (.zip)", height=90)
     return [bar, text, split, notes, rounds, clients, recall, features, make, files]
 
-# %% ../../nbs/apps/40_fednpr.ipynb #6f604582
+# %% ../../nbs/apps/40_fednpr.ipynb #045460ef
 def _inside_widgets() -> tuple[list, list]:
     "Variant, client, round; then slider's twin, sentence and three charts."
     with gr.Row():
@@ -267,9 +257,9 @@ def _inside_widgets() -> tuple[list, list]:
         client = gr.Slider(1, 12, 1, step=1, label="Client, by number")
         round_index = gr.Slider(0, 60, 60, step=1, label="Round", interactive=False)
     look, text = gr.Button("Look inside", variant="primary"), gr.Markdown("Run something first; a stopped run will do.")
-    features = _plot("Features", "Slide the round: a cloud without order parts into classes. The axes are those of the last round.")
-    similar = _plot("Cosines", "Bright off the diagonal blocks: classes that prototypes confuse.")
-    nearest = _plot("Nearest pictures", "The three training pictures nearest to each prototype. Painted lesions come in two kinds a class: did the prototypes find them? An empty place has found nothing.")
+    features = captioned_plot("Features", "Slide the round: a cloud without order parts into classes. The axes are those of the last round.")
+    similar = captioned_plot("Cosines", "Bright off the diagonal blocks: classes that prototypes confuse.")
+    nearest = captioned_plot("Nearest pictures", "The three training pictures nearest to each prototype. Painted lesions come in two kinds a class: did the prototypes find them? An empty place has found nothing.")
     return [variant, client, round_index, look], [round_index, text, features, similar, nearest]
 
 # %% ../../nbs/apps/40_fednpr.ipynb #077693b2
@@ -285,8 +275,8 @@ def _predict_widgets() -> tuple[list, list, gr.Button]:
             ask = gr.Button("Ask", variant="primary")
         with gr.Column(scale=5, min_width=320):
             text = gr.Markdown("The network of this page's run answers. It knows its training pictures, not medicine.")
-            judges = _plot("Judges", "Compare the order of the bars, not their height: the scales differ.")
-            neighbors = _plot("Neighbors", "Your picture as the network sees it, and the training pictures that it finds most alike.")
+            judges = captioned_plot("Judges", "Compare the order of the bars, not their height: the scales differ.")
+            neighbors = captioned_plot("Neighbors", "Your picture as the network sees it, and the training pictures that it finds most alike.")
     return [source, upload, number, variant, client], [text, judges, neighbors], ask
 
 # %% ../../nbs/apps/40_fednpr.ipynb #33ae9591
@@ -299,7 +289,7 @@ def _split_widgets() -> tuple[list, list, gr.Button]:
             clients, alpha = gr.Slider(2, 20, 6, step=1, label="Clients"), gr.Slider(0.05, 10, 0.3, step=0.05, label="Alpha (small: skewed)")
             seed, draw = gr.Number(0, minimum=0, maximum=10**6, precision=0, label="Seed"), gr.Button("Split", variant="primary")
         with gr.Column(scale=5, min_width=320):
-            chart = _plot("Split", "Pictures are not needed: only the labels are read. The ground truth table of ISIC 2019 is understood too.")
+            chart = captioned_plot("Split", "Pictures are not needed: only the labels are read. The ground truth table of ISIC 2019 is understood too.")
             notes = gr.Markdown()
     return [upload, how, clients, alpha, seed], [chart, notes], draw
 

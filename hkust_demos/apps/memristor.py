@@ -7,7 +7,7 @@ __all__ = ['SOURCES', 'NETWORKS', 'NOISES', 'MAPPINGS', 'SHAPES', 'BY_NUMBER', '
            'TABS', 'warm_up', 'Look', 'build']
 
 # %% ../../nbs/apps/30_memristor.ipynb #ae74c93e
-from .common import footer, header, user_errors
+from .common import captioned_plot, footer, header, plots_side_by_side, user_errors
 
 # %% ../../nbs/apps/30_memristor.ipynb #70aef518
 from typing import NamedTuple
@@ -285,7 +285,7 @@ def _digit_widgets() -> tuple[list, list]:
         drawing = gr.Sketchpad(_paper(), label="Draw a digit", type="pil", canvas_size=(280, 280), fixed_canvas=True, height=380, layers=False,
                                transforms=(), brush=gr.Brush(16, colors=["#000000"], color_mode="fixed"), buttons=[])
     with gr.Group(visible=False) as file:
-        picture = gr.Image(label="PNG or JPEG of one digit", type="filepath", sources=["upload", "clipboard"], height=240)
+        picture = gr.File(label="PNG or JPEG of one digit", type="filepath", height=130)
     with gr.Group() as nets:
         network.render()
     return [network, pick, number, drawing, picture], [test, pad, file, nets]
@@ -327,42 +327,29 @@ def _chip_widgets() -> list:
     reestimate = gr.Checkbox(True, label="Measure batch normalization again on the chip")
     return [adc, rows, ohms, tolerance, mapping, reestimate, gr.Number(0, minimum=0, maximum=10**6, precision=0, label="Chip number (seed)")]
 
-# %% ../../nbs/apps/30_memristor.ipynb #21f86ea7
-def _plot(label: str, sentence: str) -> gr.Plot:
-    "A chart with its sentence."
-    chart = gr.Plot(label=label, show_label=False)
-    gr.Markdown(sentence)
-    return chart
-
 # %% ../../nbs/apps/30_memristor.ipynb #5a1edee7
 def _first_tab() -> list:
     "Input, ladder and energy of each block."
     with gr.Row():
         with gr.Column(scale=2, min_width=200):
-            seen = _plot("Input", "What is left of your input: the network knows nothing else.")
+            seen = captioned_plot("Input", "What is left of your input: the network knows nothing else.")
         with gr.Column(scale=5, min_width=320):
-            ladder = _plot("Ladder", "Each panel is one search of the memory. The first bar to cross its dashed line ends the work.")
-    return [seen, ladder, _plot("Energy of each block", "Gray is energy that the exit made unnecessary.")]
+            ladder = captioned_plot("Ladder", "Each panel is one search of the memory. The first bar to cross its dashed line ends the work.")
+    return [seen, ladder, captioned_plot("Energy of each block", "Gray is energy that the exit made unnecessary.")]
 
 # %% ../../nbs/apps/30_memristor.ipynb #89bc3d83
 def _energy_tab() -> list:
     "Two charts of the energy of this input."
-    with gr.Row():
-        with gr.Column(min_width=310):
-            component = _plot("By component", "The cells take little; turning numbers into voltages and currents into numbers costs most. Try fewer ADC bits.")
-        with gr.Column(min_width=310):
-            engines = _plot("Against digital engines", "Logarithmic scale, published constants. Compare with int8 before you believe any factor over fp32.")
-    return [component, engines]
+    return plots_side_by_side(
+        ("By component", "The cells take little; turning numbers into voltages and currents into numbers costs most. Try fewer ADC bits."),
+        ("Against digital engines", "Logarithmic scale, published constants. Compare with int8 before you believe any factor over fp32."))
 
 # %% ../../nbs/apps/30_memristor.ipynb #2d04719a
 def _crowd_tab() -> list:
     "Two charts of the test set."
-    with gr.Row():
-        with gr.Column(min_width=310):
-            exits = _plot("Exits", "Easy inputs leave early. Red are wrong answers.")
-        with gr.Column(min_width=310):
-            budget = _plot("Budget", "Right: less work. The curve bends where exits begin to guess; the slider for lost accuracy moves you along it.")
-    return [exits, budget]
+    return plots_side_by_side(
+        ("Exits", "Easy inputs leave early. Red are wrong answers."),
+        ("Budget", "Right: less work. The curve bends where exits begin to guess; the slider for lost accuracy moves you along it."))
 
 # %% ../../nbs/apps/30_memristor.ipynb #fa8014f3
 def _inside_tab() -> tuple[list, list]:
@@ -370,15 +357,15 @@ def _inside_tab() -> tuple[list, list]:
     with gr.Row():
         layer = gr.Dropdown(["blocks.0.conv1"], value="blocks.0.conv1", label="Layer", allow_custom_value=True)
         tile = gr.Slider(1, 16, 1, step=1, label="Tile")
-    maps = _plot("Conductances", "Left what was asked for, right what the device made of it. Yellow cells conduct; a zero weight has two dark cells.")
-    histogram = _plot("Histogram", "Two peaks that stay apart are why ternary weights survive. Choose float weights, and they melt into one hill.")
-    wires = _plot("Wires", "Current lost on the way, as a share of a conducting cell's. Raise the wire resistance: the upper left corner, far from drivers and amplifiers, goes first.")
+    maps = captioned_plot("Conductances", "Left what was asked for, right what the device made of it. Yellow cells conduct; a zero weight has two dark cells.")
+    histogram = captioned_plot("Histogram", "Two peaks that stay apart are why ternary weights survive. Choose float weights, and they melt into one hill.")
+    wires = captioned_plot("Wires", "Current lost on the way, as a share of a conducting cell's. Raise the wire resistance: the upper left corner, far from drivers and amplifiers, goes first.")
     return [layer, tile], [maps, histogram, wires]
 
 # %% ../../nbs/apps/30_memristor.ipynb #776b0598
 def _noise_tab() -> tuple[list, list, list]:
     "Sweep; lottery; search."
-    sweep = _plot("Sweep", "Without exits, measured on several chips. Ternary wins where the noise is the same for all cells, and not where it is a share of the value.")
+    sweep = captioned_plot("Sweep", "Without exits, measured on several chips. Ternary wins where the noise is the same for all cells, and not where it is a share of the value.")
     with gr.Row():
         lottery, search = _lottery_column(), _search_column()
     return [sweep], lottery, search
@@ -389,14 +376,14 @@ def _lottery_column() -> list:
     with gr.Column(min_width=310):
         target = gr.Slider(80, 100, 95, step=0.5, label="A chip is good from (%)")
         draw = gr.Button("Program 20 chips")
-        return [target, draw, _plot("Yield", "Same recipe, other luck. Open circles: thresholds copied from the first chip instead of searched.")]
+        return [target, draw, captioned_plot("Yield", "Same recipe, other luck. Open circles: thresholds copied from the first chip instead of searched.")]
 
 # %% ../../nbs/apps/30_memristor.ipynb #f07db4c6
 def _search_column() -> list:
     "Target, button, sentence, chart."
     with gr.Column(min_width=310):
         keep, find = gr.Slider(80, 100, 97, step=0.5, label="Accuracy to keep (%)"), gr.Button("Find the largest noise")
-        largest, words = _plot("Largest noise", "Every dot is three chips that were built and measured."), gr.Markdown()
+        largest, words = captioned_plot("Largest noise", "Every dot is three chips that were built and measured."), gr.Markdown()
         return [keep, find, words, largest]
 
 # %% ../../nbs/apps/30_memristor.ipynb #ba17507f
@@ -405,7 +392,7 @@ def _cloud_tab() -> list:
     with gr.Row():
         level = gr.Slider(1, 6, 1, step=1, label="Level")
         ball = gr.Slider(1, 64, 1, step=1, label="Ball")
-    return [level, ball, _plot("Cloud", "Blue centers lie far from each other; each looks only at its ball. Turn the cloud with mouse or finger.")]
+    return [level, ball, captioned_plot("Cloud", "Blue centers lie far from each other; each looks only at its ball. Turn the cloud with mouse or finger.")]
 
 # %% ../../nbs/apps/30_memristor.ipynb #955b8cb0
 TABS = {"first": ("Exit ladder", _first_tab), "energy": ("Energy", _energy_tab), "crowd": ("Test set", _crowd_tab),
