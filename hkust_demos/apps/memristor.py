@@ -10,11 +10,13 @@ __all__ = ['SOURCES', 'NETWORKS', 'NOISES', 'MAPPINGS', 'SHAPES', 'BY_NUMBER', '
 from .common import captioned_plot, footer, header, plots_side_by_side, user_errors
 
 # %% ../../nbs/apps/30_memristor.ipynb #70aef518
+from functools import lru_cache
 from typing import NamedTuple
 
 import gradio as gr
 
 from ..catalog import METHODS
+from ..viz import pictures
 
 # %% ../../nbs/apps/30_memristor.ipynb #e8f2443d
 def _engine():
@@ -36,7 +38,7 @@ def warm_up() -> None:
     for task in ("digits", "shapes", "mnist"):
         chip = engine.build_chip(task, engine.ChipSettings())
         chip.accuracy_report(), chip.budget_curve(), chip.through_tiles(chip.task.sample(0)[0])
-    _show(Look("a test digit", "digits", engine.ChipSettings(), engine.load_task("digits").sample(0)[0], "", ()))
+    list(_show(Look("a test digit", "digits", engine.ChipSettings(), engine.load_task("digits").sample(0)[0], "", ())))
 
 # %% ../../nbs/apps/30_memristor.ipynb #a58cd1dd
 SOURCES = {"a test digit": "digits", "my drawing": "digits", "my picture": "digits", "a generated shape": "shapes", "my 3-D file": "shapes"}
@@ -81,13 +83,18 @@ def _digit(source, network, pick, number, drawing, upload):
     return name, inputs, "", tuple(doubts)
 
 # %% ../../nbs/apps/30_memristor.ipynb #d5faa7d9
+@lru_cache(16)
+def _generated(number: int):
+    "One cloud of every class."
+    from hkust_demos.data.shapes import make_shapes
+    return make_shapes(1, seed=100_000 + number).points
+
+
 def _shape(source, kind, number, upload, up):
     "(task, input, truth, warnings) of a cloud."
     task = _engine().load_task("shapes")
     if source == "a generated shape":
-        from hkust_demos.data.shapes import make_shapes
-        clouds = make_shapes(1, seed=100_000 + int(number))
-        return "shapes", task.as_input(clouds.points[SHAPES.index(kind)][None]), kind, ()
+        return "shapes", task.as_input(_generated(int(number))[SHAPES.index(kind)][None]), kind, ()
     if not upload:
         raise ValueError("no file was uploaded: add a mesh or a list of points, or choose a generated shape")
     cloud, notes = _engine().read_shape(upload, up=up[0])
@@ -144,21 +151,24 @@ def _look(source, network, pick, number, drawing, picture, kind, number3, mesh, 
 
 
 def _show(look, progress=lambda share, desc: None):
-    "(sentence, look, charts of input and ladder, of energy, of the test set)."
+    "(sentence, look, picture of the input, charts of the ladder, of energy, of the test set); a click gets it without charts first."
     progress(0.2, desc="programming the chip")
     chip = look.chip()
     progress(0.7, desc="reading through tiles")
-    found, report, accuracy = chip.through_tiles(look.inputs), chip.energy(look.inputs), chip.accuracy_report()
-    sentence = _answer(look, found, report) + _crowd(accuracy, look.task) + _doubts(look, found)
-    energy = _energy_charts(report, chip.energy(look.inputs, exits=False))
-    return (sentence, look, *_first_charts(look.inputs, found), *energy, *_crowd_charts(chip, accuracy))
+    found, report = chip.through_tiles(look.inputs), chip.energy(look.inputs)
+    sentence = _answer(look, found, report)
+    if not look.live:
+        yield sentence + _doubts(look, found), look, _input_picture(look.inputs), *[gr.skip()] * 6
+    accuracy = chip.accuracy_report()
+    yield (sentence + _crowd(accuracy, look.task) + _doubts(look, found), look, _input_picture(look.inputs), _ladder_chart(found),
+           *_energy_charts(report, chip.energy(look.inputs, exits=False)), *_crowd_charts(chip, accuracy))
 
 
 @user_errors
 def _run(progress=gr.Progress(), *choices):
     "A click."
     progress(0.05, desc="reading the input")
-    return _show(_look(*choices), progress)
+    yield from _show(_look(*choices), progress)
 
 # %% ../../nbs/apps/30_memristor.ipynb #e45718d0
 @user_errors
@@ -168,16 +178,21 @@ def _live(look, *choices):
     if source.startswith("my") and (look is None or look.source != source):
         return tuple(gr.skip() for _ in range(9))
     found = look._replace(settings=_settings(*choices[10:])) if source == "my 3-D file" else _look(*choices)
-    return _show(found._replace(live=True))
+    return next(_show(found._replace(live=True)))
 
 # %% ../../nbs/apps/30_memristor.ipynb #52ce9f42
-def _first_charts(inputs, found):
-    "The input and its ladder."
-    shown = inputs[0][0] if isinstance(inputs, tuple) else inputs[0, 0]
-    return (_views().input_chart(shown),
-            _views().ladder_chart(found.sims, found.thresholds, exit_index=found.exit_index, answer=found.label, classes=found.classes))
+def _input_picture(inputs):
+    "The input as the network gets it."
+    from hkust_demos.data.shapes import cloud_picture
+    title = "What the chip sees"
+    return cloud_picture({title: inputs[0][0]}) if isinstance(inputs, tuple) else pictures({title: inputs[0, 0]})
 
 
+def _ladder_chart(found):
+    "The match lines of every exit."
+    return _views().ladder_chart(found.sims, found.thresholds, exit_index=found.exit_index, answer=found.label, classes=found.classes)
+
+# %% ../../nbs/apps/30_memristor.ipynb #b3cf86e1
 def _energy_charts(report, static):
     "By block, against digital engines, by component."
     engines = {"chip, exits": report.cim_total, "chip, no exits": report.cim_static, "int8, exits": report.digital_int8_dynamic,
