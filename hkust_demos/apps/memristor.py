@@ -155,13 +155,14 @@ def _show(look, progress=lambda share, desc: None):
     progress(0.2, desc="programming the chip")
     chip = look.chip()
     progress(0.7, desc="reading through tiles")
-    found, report = chip.through_tiles(look.inputs), chip.energy(look.inputs)
+    found = chip.through_tiles(look.inputs)
+    report = chip.energy(look.inputs, exit_index=[found.exit_index])
     sentence = _answer(look, found, report)
     if not look.live:
         yield sentence + _doubts(look, found), look, _input_picture(look.inputs), *[gr.skip()] * 6
     accuracy = chip.accuracy_report()
     yield (sentence + _crowd(accuracy, look.task) + _doubts(look, found), look, _input_picture(look.inputs), _ladder_chart(found),
-           *_energy_charts(report, chip.energy(look.inputs, exits=False)), *_crowd_charts(chip, accuracy))
+           *_energy_charts(report), *_crowd_charts(chip, accuracy))
 
 
 @user_errors
@@ -193,11 +194,11 @@ def _ladder_chart(found):
     return _views().ladder_chart(found.sims, found.thresholds, exit_index=found.exit_index, answer=found.label, classes=found.classes)
 
 # %% ../../nbs/apps/30_memristor.ipynb #b3cf86e1
-def _energy_charts(report, static):
+def _energy_charts(report):
     "By block, against digital engines, by component."
     engines = {"chip, exits": report.cim_total, "chip, no exits": report.cim_static, "int8, exits": report.digital_int8_dynamic,
                "int8": report.digital_int8, "fp32": report.digital_fp32, "GPU (estimate)": report.gpu}
-    return _views().block_chart(report.by_block, static.by_block), _views().component_chart(report.by_component), _views().baseline_chart(engines)
+    return _views().block_chart(report.by_block, report.static_by_block), _views().component_chart(report.by_component), _views().baseline_chart(engines)
 
 
 def _crowd_charts(chip, accuracy):

@@ -308,9 +308,9 @@ class VirtualChip(_Chip):
         "The ladder of one input with every product through tiles, converters and wires."
         return _explain(self, _tiled(self), inputs, read)
 
-    def energy(self, inputs: Inputs, read: int = 0, *, exits: bool = True) -> EnergyReport:
-        "What these inputs cost, with the exits they take or without any."
-        return _energy(self, inputs, read, exits)
+    def energy(self, inputs: Inputs, read: int = 0, *, exit_index: Sequence[int] | None = None) -> EnergyReport:
+        "What these inputs cost with these exits (N,); None: those they take with effective weights."
+        return _energy(self, inputs, read, exit_index)
 
     def conductances(self, layer: str, tile: int = 0) -> Tile:
         "Cells of a tile, asked for and written."
@@ -393,8 +393,8 @@ def _accuracy_report(chip: VirtualChip) -> Accuracy:
     "From the cached pass over the test part."
     (sims, logits, labels), dynamic = chip.core.test, chip.dynamic
     found = summarize(dynamic, sims, logits, labels)
-    energy = chip.energy(_some(chip.task.test[0], min(ENERGY_SAMPLES, -(-len(labels) // 5))))
-    result = ExitPolicy(dynamic.thresholds).decide(sims, logits, dynamic.exit_cost)
+    result, billed = ExitPolicy(dynamic.thresholds).decide(sims, logits, dynamic.exit_cost), min(ENERGY_SAMPLES, -(-len(labels) // 5))
+    energy = chip.energy(_some(chip.task.test[0], billed), exit_index=result.exit_index[:billed])
     right = result.exit_index[result.pred == labels].bincount(minlength=len(dynamic.exit_cost))
     return Accuracy(found["static"], found["dynamic"], found["budget_cut"], energy.cut, found["exit_counts"], right.tolist(),
                     found["exit_accuracy"], len(labels))
@@ -406,12 +406,12 @@ def _energy_model(settings: ChipSettings) -> EnergyModel:
     return EnergyModel(replace(config, dac_bits=config.dac_bits or 8, adc_bits=config.adc_bits or 8))
 
 
-def _energy(chip: VirtualChip, inputs: Inputs, read: int, exits: bool) -> EnergyReport:
+def _energy(chip: VirtualChip, inputs: Inputs, read: int, exit_index: Sequence[int] | None) -> EnergyReport:
     "Exits of these inputs, then their account."
     dynamic, model = chip.dynamic, _energy_model(chip.settings)
     with chip.core.lock:
         _fresh_reads(dynamic, chip.settings.seed, 20, read)
-        taken = dynamic.decide(inputs).exit_index if exits else None
+        taken = dynamic.decide(inputs).exit_index if exit_index is None else torch.as_tensor(exit_index)
         _fresh_reads(dynamic, chip.settings.seed, 20, read)
         return energy_report(dynamic.network, inputs, taken, memory=dynamic.memory, model=model)
 
@@ -847,7 +847,7 @@ def report_dict(
     way, exact, accuracy = chip.explain(inputs), chip.through_tiles(inputs), chip.accuracy_report()
     shares = {name: round(value, 4) for name, value in accuracy._asdict().items() if isinstance(value, float)}
     return {"method": "memristor", "task": chip.task.name, "prediction": exact.label, "warnings": [*doubts, *_notes(chip, way, exact)],
-            "through_tiles": _way_dict(exact), "effective_weights": _way_dict(way), "energy": _energy_dict(chip.energy(inputs)),
+            "through_tiles": _way_dict(exact), "effective_weights": _way_dict(way), "energy": _energy_dict(chip.energy(inputs, exit_index=[exact.exit_index])),
             "chip": {**shares, "test_samples": accuracy.n, "test_data": chip.task.parts.source}, "settings": asdict(chip.settings)}
 
 # %% ../../nbs/memristor/22_apply.ipynb #0d33aeb5
@@ -909,7 +909,8 @@ def run_command(
     task = load_task(name, args.weights)
     chip, inputs = build_chip(task, settings), task.as_input(sample)
     page, layer = report_dict(chip, inputs, doubts=doubts), list(chip.layers)[-2]
-    figures = {"ladder": ladder_figure(chip.through_tiles(inputs)), "energy": energy_figure(chip.energy(inputs)),
+    way = chip.through_tiles(inputs)
+    figures = {"ladder": ladder_figure(way), "energy": energy_figure(chip.energy(inputs, exit_index=[way.exit_index])),
                "conductances": conductance_figure(chip.conductances(layer), title=f"First tile of {layer}")}
     if name == "shapes":
         figures["shape"] = cloud_picture({page["prediction"]: sample[0]})

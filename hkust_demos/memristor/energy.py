@@ -169,6 +169,7 @@ class EnergyReport:
     per_sample: Tensor  # (N,)
     cim_total: float  # the dynamic chip
     cim_static: float  # the chip without exits
+    static_by_block: Tensor  # (E + 1,) of it
     digital_fp32: float  # a static float engine
     digital_int8: float  # a static 8-bit engine
     digital_int8_dynamic: float  # the 8-bit engine with the same exits
@@ -212,7 +213,7 @@ def energy_report(
     means = {**{name: value.mean().item() for name, value in components.items()}, "search": search_blocks.sum(1).mean().item()}
     int8 = sum((taken >= one.block).double().mean().item() * one.digital_int8 for one in layers + searches)
     spent = blocks + search_blocks
-    return EnergyReport(means, spent.mean(0), spent.sum(1), spent.sum(1).mean().item(), static.sum(1).mean().item(),
+    return EnergyReport(means, spent.mean(0), spent.sum(1), spent.sum(1).mean().item(), static.sum(1).mean().item(), static.mean(0),
                         sum(one.digital_fp32 for one in layers), sum(one.digital_int8 for one in layers), int8,
                         sum(one.macs for one in layers) * model.gpu_power / (model.gpu_macs * model.gpu_use))
 
