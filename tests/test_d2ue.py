@@ -410,9 +410,12 @@ def test_the_command_trains_each_variant_and_loading_builds_it(variant, own_pict
         assert {learner.variant for learner in mine.learners} == {mine.variant} == {variant}
     like = Scan(mni_slices(1, 5).images[0], None, np.eye(4), "MR", "")
     write_scan(like, tmp_path / "slice.png", like=like)
-    assert main(["d2ue", str(tmp_path / "slice.png"), "--weights", str(tmp_path / "mine"), "--out", str(tmp_path / "maps")]) == 0
+    wanted = ["d2ue", str(tmp_path / "slice.png"), "--weights", str(tmp_path / "mine"), "--out", str(tmp_path / "maps")]
+    assert main(wanted) == 0
     assert json.loads((tmp_path / "maps" / "report.json").read_text())["variant"] == variant
-    capsys.readouterr()
+    (tmp_path / "maps" / "report.json").write_text("old")
+    assert main(wanted) == 2 and (tmp_path / "maps" / "report.json").read_text() == "old" and "--force" in capsys.readouterr().err
+    assert main([*wanted, "--force"]) == 0 and json.loads((tmp_path / "maps" / "report.json").read_text())["variant"] == variant
 
 
 @pytest.mark.parametrize("options, sentence", [(["--variant", "vae", "--data", "here", "--out", "there"], "use one of ae, aeu, memae"),

@@ -5,8 +5,10 @@ import urllib.request
 
 import pytest
 from gradio_client import Client
+from gradio_client.utils import Status
 
 from hkust_demos.catalog import METHODS
+from test_app_memristor import CHOICES
 
 SIZES = {"laptop": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
 
@@ -99,14 +101,14 @@ def test_nothing_else_is_served(hub, address):
 
 
 def test_a_second_visitor_waits_and_sees_the_place(hub):
-    choices = ["smollm2-135m", "Magnitude", "16 (none)", "64", "GPTQ", "Python reference", None, "", "", 512, 4, 0, [], "Hello"]
-    first, second = (Client(f"{hub.url}/eora/", verbose=False) for _ in range(2))
-    running = first.submit(*choices, api_name="/run")
-    while not running.outputs():
-        running.status()
-    waiting = second.submit(*choices, api_name="/run")
-    ranks = []
+    pages = [Client(f"{hub.url}/memristor/", verbose=False) for _ in range(2)]
+    for page in pages:
+        page.predict(*CHOICES.values(), api_name="/run")
+    running = pages[0].submit(90, api_name="/largest")
+    while running.status().code not in (Status.PROCESSING, Status.PROGRESS):
+        assert not running.done()
+    waiting, ranks = pages[1].submit(90, api_name="/largest"), []
     while not running.done():
         ranks.append(waiting.status().rank)
-    assert running.result(timeout=300) and waiting.result(timeout=300)
+    assert running.result(timeout=300) == waiting.result(timeout=300)  # the same chips
     assert 0 in ranks
