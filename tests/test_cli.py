@@ -80,6 +80,7 @@ def test_eora_writes_an_adapter_and_respects_what_is_there(tmp_path):
     assert str(out / "report.json") in done.stdout
     refused = run(*wanted)
     assert refused.returncode == 2 and "--force" in refused.stderr and "Traceback" not in refused.stderr
+    assert run(*wanted, "--force").returncode == 0
     (out / MARKER).unlink()
     assert "was not made by" in run(*wanted, "--force").stderr and (out / "report.json").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
