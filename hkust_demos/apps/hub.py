@@ -9,6 +9,7 @@ __all__ = ['NOTEBOOKS', 'ICON', 'FAMILIES', 'CARDS', 'index_page', 'build_hub', 
 import hkust_demos.apps.common as common
 
 # %% ../../nbs/apps/90_hub.ipynb #27ea747f
+import gc
 import html
 import importlib
 import os
@@ -136,6 +137,8 @@ def _warm_up() -> None:
         if method.ready:
             importlib.import_module(method.module)
             getattr(importlib.import_module(method.app), "warm_up", lambda: None)()
+    gc.collect()
+    gc.freeze()
 
 # %% ../../nbs/apps/90_hub.ipynb #10e526e1
 def _half_the_cores() -> None:

@@ -38,7 +38,7 @@ def warm_up() -> None:
     for task in ("digits", "shapes", "mnist"):
         chip = engine.build_chip(task, engine.ChipSettings())
         chip.accuracy_report(), chip.budget_curve(), chip.through_tiles(chip.task.sample(0)[0])
-    list(_show(Look("a test digit", "digits", engine.ChipSettings(), engine.load_task("digits").sample(0)[0], "", ())))
+    list(_show(_drawn(Look("a test digit", "digits", engine.ChipSettings(), engine.load_task("digits").sample(0)[0], "", ()))))
 
 # %% ../../nbs/apps/30_memristor.ipynb #a58cd1dd
 SOURCES = {"a test digit": "digits", "my drawing": "digits", "my picture": "digits", "a generated shape": "shapes", "my 3-D file": "shapes"}
@@ -62,6 +62,7 @@ class Look(NamedTuple):
     truth: str  # known answer, or nothing
     warnings: tuple[str, ...]
     live: bool = False  # asked by a slider: fewer samples
+    picture: object = None  # of the inputs
 
     def chip(self):
         "The chip in view."
@@ -150,6 +151,12 @@ def _look(source, network, pick, number, drawing, picture, kind, number3, mesh, 
     return Look(source, found[0], _settings(*chip), *found[1:])
 
 
+def _drawn(look, before=None) -> Look:
+    "With a picture of its input, which is that of `before` if the input is."
+    same = before is not None and look.inputs[0].equal(before.inputs[0])
+    return look._replace(picture=before.picture if same else gr.Plot().postprocess(_input_picture(look.inputs)))
+
+# %% ../../nbs/apps/30_memristor.ipynb #babd178b
 def _show(look, progress=lambda share, desc: None):
     "(sentence, look, picture of the input, charts of the ladder, of energy, of the test set); a click gets it without charts first."
     progress(0.2, desc="programming the chip")
@@ -159,9 +166,9 @@ def _show(look, progress=lambda share, desc: None):
     report = chip.energy(look.inputs, exit_index=[found.exit_index])
     sentence = _answer(look, found, report)
     if not look.live:
-        yield sentence + _doubts(look, found), look, _input_picture(look.inputs), *[gr.skip()] * 6
+        yield sentence + _doubts(look, found), look, look.picture, *[gr.skip()] * 6
     accuracy = chip.accuracy_report()
-    yield (sentence + _crowd(accuracy, look.task) + _doubts(look, found), look, _input_picture(look.inputs), _ladder_chart(found),
+    yield (sentence + _crowd(accuracy, look.task) + _doubts(look, found), look, look.picture, _ladder_chart(found),
            *_energy_charts(report), *_crowd_charts(chip, accuracy))
 
 
@@ -169,7 +176,7 @@ def _show(look, progress=lambda share, desc: None):
 def _run(progress=gr.Progress(), *choices):
     "A click."
     progress(0.05, desc="reading the input")
-    yield from _show(_look(*choices), progress)
+    yield from _show(_drawn(_look(*choices)), progress)
 
 # %% ../../nbs/apps/30_memristor.ipynb #e45718d0
 @user_errors
@@ -179,7 +186,7 @@ def _live(look, *choices):
     if source.startswith("my") and (look is None or look.source != source):
         return tuple(gr.skip() for _ in range(9))
     found = look._replace(settings=_settings(*choices[10:])) if source == "my 3-D file" else _look(*choices)
-    return next(_show(found._replace(live=True)))
+    return next(_show(_drawn(found, before=look)._replace(live=True)))
 
 # %% ../../nbs/apps/30_memristor.ipynb #52ce9f42
 def _input_picture(inputs):

@@ -321,7 +321,7 @@ class VirtualChip(_Chip):
         return _ir_drop(self, layer, tile)
 
 # %% ../../nbs/memristor/22_apply.ipynb #d81f67d4
-LIVE = {"digits": (250, 250, 300), "mnist": (250, 250, 300), "shapes": (80, 80, 120)}  # samples that calibrate, choose thresholds, judge
+LIVE = {"digits": (80, 250, 300), "mnist": (60, 200, 200), "shapes": (40, 100, 80)}  # samples that calibrate, choose thresholds, judge
 ROLES = ("calibration", "validation", "test")
 
 
@@ -375,12 +375,20 @@ def build_chip(
     return _cached_chip(task, settings)
 
 # %% ../../nbs/memristor/22_apply.ipynb #38e34d8b
-ENERGY_SAMPLES = 100  # at most
+ENERGY_SAMPLES = 8  # that price the blocks
 
 
 def _some(inputs: Inputs, n: int) -> Inputs:
-    "The first samples."
-    return tuple(part[:n] for part in inputs) if isinstance(inputs, tuple) else inputs[:n]
+    "Samples from everywhere in a set."
+    few = lambda part: part[torch.linspace(0, len(part) - 1, min(n, len(part))).long()]
+    return tuple(map(few, inputs)) if isinstance(inputs, tuple) else few(inputs)
+
+
+def _saved_energy(chip: VirtualChip, exit_index: Tensor) -> float:
+    "Share of energy that the exits (N,) of the test part save."
+    few, never = _some(chip.task.test[0], ENERGY_SAMPLES), len(chip.thresholds)
+    prices = chip.energy(few, exit_index=[never] * min(ENERGY_SAMPLES, len(exit_index)))
+    return 1 - prices.by_block.cumsum(0)[exit_index].mean().item() / prices.cim_static
 
 
 def _budget_curve(chip: VirtualChip) -> list[dict[str, float]]:
@@ -393,11 +401,10 @@ def _accuracy_report(chip: VirtualChip) -> Accuracy:
     "From the cached pass over the test part."
     (sims, logits, labels), dynamic = chip.core.test, chip.dynamic
     found = summarize(dynamic, sims, logits, labels)
-    result, billed = ExitPolicy(dynamic.thresholds).decide(sims, logits, dynamic.exit_cost), min(ENERGY_SAMPLES, -(-len(labels) // 5))
-    energy = chip.energy(_some(chip.task.test[0], billed), exit_index=result.exit_index[:billed])
+    result = ExitPolicy(dynamic.thresholds).decide(sims, logits, dynamic.exit_cost)
     right = result.exit_index[result.pred == labels].bincount(minlength=len(dynamic.exit_cost))
-    return Accuracy(found["static"], found["dynamic"], found["budget_cut"], energy.cut, found["exit_counts"], right.tolist(),
-                    found["exit_accuracy"], len(labels))
+    return Accuracy(found["static"], found["dynamic"], found["budget_cut"], _saved_energy(chip, result.exit_index),
+                    found["exit_counts"], right.tolist(), found["exit_accuracy"], len(labels))
 
 # %% ../../nbs/memristor/22_apply.ipynb #c8a8a9ce
 def _energy_model(settings: ChipSettings) -> EnergyModel:
@@ -462,7 +469,7 @@ def _ir_drop(chip: VirtualChip, layer: str, tile: int) -> np.ndarray:
     return (cells - wire_transfer(cells * 1e-6, chip.settings.wire_resistance) * 1e6) / device.g_on
 
 # %% ../../nbs/memristor/22_apply.ipynb #2f7cba59
-CALIBRATION, VECTORS = 16, 1000  # samples that set the converters; most vectors of a layer
+CALIBRATION, VECTORS = 16, 300  # samples that set the converters; most vectors of a layer
 
 
 def _typical(vectors: Tensor) -> Tensor:
@@ -488,11 +495,10 @@ def _set_ranges(tiled: torch.nn.Module, plain: torch.nn.Module, inputs: Inputs) 
 def _tiled_network(chip: VirtualChip) -> torch.nn.Module:
     "The chip's network with converters."
     plain, config = chip.core.dynamic.network, replace(chip.settings.config(), wire_resistance=0.0)  # the cells know their wires
-    network = deepcopy(plain)
-    for name, layer in chip_layers(network).items():
-        parent, _, child = name.rpartition(".")
-        trained = chip.task.mapped(chip.settings.mapping).get_submodule(name)
-        setattr(network.get_submodule(parent), child, ProgrammedLayer(trained, layer.programmed, config=config, generator=layer.generator))
+    trained = chip.task.mapped(chip.settings.mapping)
+    tiled = {id(layer): ProgrammedLayer(trained.get_submodule(name), layer.programmed, config=config, generator=layer.generator)
+             for name, layer in chip_layers(plain).items()}
+    network = deepcopy(plain, tiled)
     _set_ranges(network, plain, chip.task.train[0])
     return network
 

@@ -149,7 +149,7 @@ class ProgrammedLayer(nn.Module):
         if self.generator is None:
             return outputs
         noise = torch.randn(outputs.shape, generator=self.generator, dtype=outputs.dtype).to(outputs.device)
-        return outputs + noise * _multiply(self, inputs.square(), self.variance).clamp(min=0).sqrt()
+        return (noise * _multiply(self, inputs.square(), self.variance).clamp_(min=0).sqrt_()).add_(outputs)
 
 # %% ../../nbs/memristor/03_ternary.ipynb #5175752e
 def _multiply(layer: ProgrammedLayer, inputs: Tensor, weight: Tensor) -> Tensor:
@@ -199,6 +199,7 @@ def _program_layer(layer: nn.Module, device: DeviceModel, mapping: str, seed: in
     return age(programmed, generator) if age else programmed
 
 # %% ../../nbs/memristor/03_ternary.ipynb #9ee50d1b
+@torch.no_grad()
 def deploy(
     network: nn.Module,  # with ternary layers
     device: DeviceModel,
@@ -210,16 +211,13 @@ def deploy(
     age: Callable[[Programmed, torch.Generator], Programmed] | None = None,  # what happens to a layer after writing, e.g. drift
 ) -> nn.Module:  # a copy in eval mode, its ternary layers programmed
     "Write a network onto a virtual chip."
-    chip = deepcopy(network).eval().requires_grad_(False)
-    names = [name for name, layer in chip.named_modules() if isinstance(layer, _TernaryRule)]
-    if not names:
+    layers, written = [layer for layer in network.modules() if isinstance(layer, _TernaryRule)], {}
+    if not layers:
         raise ValueError("network has no TernaryConv2d or TernaryLinear; only those can be written onto a chip")
-    for index, name in enumerate(names):
-        layer, (parent, _, child) = chip.get_submodule(name), name.rpartition(".")
-        programmed = _program_layer(layer, device, mapping, seed, index, age)
+    for index, layer in enumerate(layers):
         reads = random_stream(seed, index, 1) if read_noise and device.read_noise > 0 else None
-        setattr(chip.get_submodule(parent), child, ProgrammedLayer(layer, programmed, config=config, generator=reads))
-    return chip
+        written[id(layer)] = ProgrammedLayer(layer, _program_layer(layer, device, mapping, seed, index, age), config=config, generator=reads)
+    return deepcopy(network, written).eval().requires_grad_(False)
 
 # %% ../../nbs/memristor/03_ternary.ipynb #4fd37798
 def chip_layers(

@@ -1,0 +1,100 @@
+"""A slider of the memristor app beside a click on Run for the same chip: what each costs, and how well the slider's few samples agree.
+
+    python benchmarks/sliders.py [--moves 8] [--out results/benchmark_sliders.json]
+
+A hub is started and asked through gradio_client, as a page asks it. Each move sets another write noise, the change that leaves nothing in the
+caches; the slider comes first and Run after it, so that both answer for the same new chip. Seconds are CPU time of the hub (one thread; an idle hub
+takes up to a tenth of a core) and wall clock. `rms` is the root of the mean squared difference between the slider's numbers and Run's, in points.
+"""
+import argparse
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import psutil
+from gradio_client import Client
+
+CHOICES = dict(source="a test digit", network="8 x 8 pixels", pick="by its number", number=3, drawing=None, picture=None, shape="chair", which=0,
+               mesh=None, up="z is up", noise="the same for every cell (range)", amount=0.15, read_noise=0.02, stuck=0, adc_bits=8, rows=128, ohms=0,
+               tolerance=0, mapping="ternary", reestimate=True, seed=0)
+TASKS = {"digits": {}, "mnist": dict(network="28 x 28 pixels (MNIST)"), "shapes": dict(source="a generated shape")}
+NUMBERS = {"dynamic": r"([\d.]+)% right", "static": r"([\d.]+)% without", "work_saved": r"save (-?\d+)% of the work"}
+
+
+class Hub:
+    "A hub of its own, with one thread."
+
+    def __init__(self):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [str(Path(sys.executable).with_name("hkust-demos")), "demo", "--port", str(port)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.url = f"http://127.0.0.1:{port}/memristor/"
+        self.running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        self.process = psutil.Process(self.running.pid)
+
+    def wait(self) -> "Hub":
+        "Until the port is open and nothing is computed any more."
+        with_port, idle = time.monotonic() + 120, 0
+        while idle < 4:
+            if self.running.poll() is not None or time.monotonic() > with_port:
+                raise RuntimeError("the hub did not come up and rest within two minutes")
+            idle = idle + 1 if self.process.cpu_percent(0.5) < 15 and self.process.net_connections() else 0
+        return self
+
+    def cpu(self) -> float:
+        "Seconds so far."
+        return sum(self.process.cpu_times()[:2])
+
+
+def ask(hub: Hub, page: Client, api_name: str, **changed) -> tuple[dict[str, float], float, float]:
+    "(numbers of the test set in percent, CPU seconds, wall seconds) of one call."
+    cpu, wall = hub.cpu(), time.perf_counter()
+    text = page.predict(*{**CHOICES, **changed}.values(), api_name=api_name)[0]
+    seconds = hub.cpu() - cpu, time.perf_counter() - wall
+    return {name: float(re.search(pattern, text)[1]) for name, pattern in NUMBERS.items()}, *seconds
+
+
+def compare(hub: Hub, chosen: dict, moves: int) -> dict:
+    "Seconds and agreement of one task."
+    page = Client(hub.url, verbose=False)
+    ask(hub, page, "/run", **chosen)
+    ask(hub, page, "/live", **chosen, amount=0.3)
+    asked = [[ask(hub, page, name, **chosen, amount=float(amount)) for name in ("/live", "/run")] for amount in np.linspace(0.05, 0.29, moves)]
+    (slider, run), wall = ([[pair[side][1] for pair in asked] for side in (0, 1)]), [pair[0][2] for pair in asked]
+    apart = {name: float(np.sqrt(np.mean([(few[0][name] - whole[0][name]) ** 2 for few, whole in asked]))) for name in NUMBERS}
+    return {"slider_cpu_s": median(slider), "slider_cpu_worst_s": max(slider), "slider_wall_s": median(wall), "slider_wall_worst_s": max(wall),
+            "run_cpu_s": median(run), "ratio": median(b / a for a, b in zip(slider, run)), "rms": apart}
+
+
+def main() -> None:
+    "Serve the app, ask, print, store."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--moves", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path("results/benchmark_sliders.json"))
+    args = parser.parse_args()
+    record, hub = {"load_before": os.getloadavg()[0], "moves": args.moves}, Hub()
+    try:
+        hub.wait()
+        for task, chosen in TASKS.items():
+            found = record[task] = compare(hub, chosen, args.moves)
+            print(f"{task}: slider {found['slider_cpu_s']:.2f} s of CPU (worst {found['slider_cpu_worst_s']:.2f}), {found['slider_wall_s']:.2f} s on the "
+                  f"clock (worst {found['slider_wall_worst_s']:.2f}); Run takes {found['ratio']:.1f}x its CPU; apart by "
+                  + ", ".join(f"{name} {points:.1f}" for name, points in found["rms"].items()) + " points", flush=True)
+    finally:
+        hub.running.terminate()
+        hub.running.wait()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
