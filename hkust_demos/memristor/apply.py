@@ -321,7 +321,7 @@ class VirtualChip(_Chip):
         return _ir_drop(self, layer, tile)
 
 # %% ../../nbs/memristor/22_apply.ipynb #d81f67d4
-LIVE = {"digits": (80, 250, 300), "mnist": (60, 200, 200), "shapes": (40, 100, 80)}  # samples that calibrate, choose thresholds, judge
+LIVE = {"digits": (80, 250, 300), "mnist": (60, 250, 200), "shapes": (40, 100, 80)}  # samples that calibrate, choose thresholds, judge
 ROLES = ("calibration", "validation", "test")
 
 
@@ -375,7 +375,7 @@ def build_chip(
     return _cached_chip(task, settings)
 
 # %% ../../nbs/memristor/22_apply.ipynb #38e34d8b
-ENERGY_SAMPLES = 8  # that price the blocks
+ENERGY_SAMPLES = 4  # that price the blocks
 
 
 def _some(inputs: Inputs, n: int) -> Inputs:
@@ -469,7 +469,7 @@ def _ir_drop(chip: VirtualChip, layer: str, tile: int) -> np.ndarray:
     return (cells - wire_transfer(cells * 1e-6, chip.settings.wire_resistance) * 1e6) / device.g_on
 
 # %% ../../nbs/memristor/22_apply.ipynb #2f7cba59
-CALIBRATION, VECTORS = 16, 300  # samples that set the converters; most vectors of a layer
+CALIBRATION, VECTORS = 16, 150  # samples that set the converters; most vectors of a layer
 
 
 def _typical(vectors: Tensor) -> Tensor:
