@@ -102,11 +102,12 @@ def test_the_default_shows_digit_ladder_answer_and_energy(client):
     assert [line["name"] for line in budget["data"]][-1] == "you are here"
 
 
-def test_answer_and_picture_come_before_the_charts(client):
-    job = client.submit(*CHOICES.values(), api_name="/run")
+@pytest.mark.parametrize("api_name", ["/run", "/live"])
+def test_sentences_and_picture_come_before_the_charts(client, api_name):
+    job = client.submit(*CHOICES.values(), api_name=api_name)
     final = job.result(timeout=60)
     (words, picture, *charts), last = job.outputs()[0], job.outputs()[-1]
-    assert final == last and last[0].startswith(words.rstrip()) and "test digits" not in words and "test digits" in last[0]
+    assert final == last and last[0] == words and "The chip says" in words and "test digits" in words
     assert picture == last[1] and all(chart["__type__"] == "update" for chart in charts) and len(charts) == N_CHARTS - 1
 
 
@@ -115,6 +116,12 @@ def test_the_lit_exit_is_the_one_in_the_words(client):
     taken = re.search(r"exit (\d) of 9", text)[1]
     lit = [note["text"] for note in figure(ladder)["layout"]["annotations"] if "out" in note["text"]]
     assert len(lit) == 1 and lit[0].startswith(f"<b>exit {taken}:")
+
+
+def test_the_picture_follows_the_input_and_nothing_else(client):
+    press(client)
+    pictures = [press(client, "/live", **changed)[1] for changed in (dict(amount=0.11), dict(number=4), dict(number=4, adc_bits=5), {})]
+    assert pictures[1] == pictures[2] != pictures[0] == pictures[3]
 
 
 def test_sliders_answer_within_a_second(client):

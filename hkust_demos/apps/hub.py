@@ -111,7 +111,7 @@ def _add_pages(app: FastAPI) -> None:
         return notebook_page(found, nav=f'<a href="/">all methods</a>{app_link}')
 
 # %% ../../nbs/apps/90_hub.ipynb #1975a36c
-LOOKS = {"sleep_when_free": 0.02, "progress_update_sleep_when_free": 0.02}  # seconds from one look to the next
+LOOKS = {"sleep_when_free": 0.01, "progress_update_sleep_when_free": 0.05}  # seconds from one look to the next
 
 
 def _wait_in_line(blocks: gr.Blocks) -> gr.Blocks:

@@ -158,18 +158,15 @@ def _drawn(look, before=None) -> Look:
 
 # %% ../../nbs/apps/30_memristor.ipynb #babd178b
 def _show(look, progress=lambda share, desc: None):
-    "(sentence, look, picture of the input, charts of the ladder, of energy, of the test set); a click gets it without charts first."
+    "(sentences, look, picture of the input, charts of the ladder, of energy, of the test set); first without charts, then with them."
     progress(0.2, desc="programming the chip")
     chip = look.chip()
     progress(0.7, desc="reading through tiles")
-    found = chip.through_tiles(look.inputs)
+    found, accuracy = chip.through_tiles(look.inputs), chip.accuracy_report()
     report = chip.energy(look.inputs, exit_index=[found.exit_index])
-    sentence = _answer(look, found, report)
-    if not look.live:
-        yield sentence + _doubts(look, found), look, look.picture, *[gr.skip()] * 6
-    accuracy = chip.accuracy_report()
-    yield (sentence + _crowd(accuracy, look.task) + _doubts(look, found), look, look.picture, _ladder_chart(found),
-           *_energy_charts(report), *_crowd_charts(chip, accuracy))
+    text = _answer(look, found, report) + _crowd(accuracy, look.task) + _doubts(look, found)
+    yield text, look, look.picture, *[gr.skip()] * 6
+    yield text, look, look.picture, _ladder_chart(found), *_energy_charts(report), *_crowd_charts(chip, accuracy)
 
 
 @user_errors
@@ -184,9 +181,10 @@ def _live(look, *choices):
     "A slider."
     source = choices[0]
     if source.startswith("my") and (look is None or look.source != source):
-        return tuple(gr.skip() for _ in range(9))
+        yield tuple(gr.skip() for _ in range(9))
+        return
     found = look._replace(settings=_settings(*choices[10:])) if source == "my 3-D file" else _look(*choices)
-    return next(_show(_drawn(found, before=look)._replace(live=True)))
+    yield from _show(_drawn(found, before=look)._replace(live=True))
 
 # %% ../../nbs/apps/30_memristor.ipynb #52ce9f42
 def _input_picture(inputs):
