@@ -379,15 +379,15 @@ ENERGY_SAMPLES = 4  # that price the blocks
 
 
 def _some(inputs: Inputs, n: int) -> Inputs:
-    "Samples from everywhere in a set."
-    few = lambda part: part[torch.linspace(0, len(part) - 1, min(n, len(part))).long()]
+    "n samples from everywhere in a set."
+    few = lambda part: part[torch.linspace(0, len(part) - 1, n).long()]
     return tuple(map(few, inputs)) if isinstance(inputs, tuple) else few(inputs)
 
 
 def _saved_energy(chip: VirtualChip, exit_index: Tensor) -> float:
     "Share of energy that the exits (N,) of the test part save."
-    few, never = _some(chip.task.test[0], ENERGY_SAMPLES), len(chip.thresholds)
-    prices = chip.energy(few, exit_index=[never] * min(ENERGY_SAMPLES, len(exit_index)))
+    n, never = min(ENERGY_SAMPLES, len(exit_index)), len(chip.thresholds)
+    prices = chip.energy(_some(chip.task.test[0], n), exit_index=[never] * n)
     return 1 - prices.by_block.cumsum(0)[exit_index].mean().item() / prices.cim_static
 
 
