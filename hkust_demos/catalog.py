@@ -38,7 +38,7 @@ def _method(name: str, title: str, notebook: str, year: int, venue: str, url: st
     return Method(name, title, paper, year, venue, url, family, claim, f"nbs/{notebook}.ipynb", module, study, command,
                   f"hkust_demos.apps.{name}", ready)
 
-
+# %% ../nbs/00_catalog.ipynb #b3f1c2aa
 _LLM = [
     _method("eora", "EoRA", "llm/10_eora", 2024, "arXiv", "https://arxiv.org/abs/2410.21271",
             "EoRA: Fine-tuning-free Compensation for Compressed LLM with Eigenspace Low-Rank Approximation",
