@@ -40,7 +40,7 @@ def array_headers(
         raise CollectionError(f"{path.name} is no archive of plain NumPy arrays ({error}); download it again") from error
     return found
 
-
+# %% ../../nbs/data/12_array_sets.ipynb #88f9d83a
 def _check_array(info: zipfile.ZipInfo, shape: tuple[int, ...], kind: np.dtype) -> None:
     "Refuse pickled objects and claims beyond the limit."
     if kind.hasobject:
@@ -62,7 +62,7 @@ _MED_CLASSES = {"pneumoniamnist": ("normal", "pneumonia"), "breastmnist": ("mali
                 "octmnist": ("choroidal neovascularization", "diabetic macular edema", "drusen", "normal")}
 _SIDES = ("train", "val", "test")
 
-
+# %% ../../nbs/data/12_array_sets.ipynb #a50705e0
 def read_medmnist(root: Path, record: Record, part: str = "") -> OpenCollection:
     "A MedMNIST file with its split."
     path = root / f"{part}.npz"
@@ -102,7 +102,7 @@ def _mesh(path: Path, n_points: int = 1024) -> np.ndarray:
     from hkust_demos.data.shapes import read_cloud
     return read_cloud(path, n_points=n_points)[0].numpy()
 
-
+# %% ../../nbs/data/12_array_sets.ipynb #1645c613
 def read_voxels(root: Path, record: Record, part: str = "") -> OpenCollection:
     "ModelNet as bits: an example is a bool array (32, 32, 32)."
     files = list(walk_files(root, (".npz",)))
@@ -117,7 +117,7 @@ def read_voxels(root: Path, record: Record, part: str = "") -> OpenCollection:
     return OpenCollection(record, root, [f"{files[number].stem}/{i}" for number, i in where], np.array([number for number, _ in where]),
                           tuple(path.stem for path in files), read, kind="shapes", files=lambda: files)
 
-
+# %% ../../nbs/data/12_array_sets.ipynb #a22be33a
 def _voxel_shape(path: Path) -> tuple[int, ...]:
     "(N, x, y, z) of an archive of packed voxels, checked against its bytes."
     headers = array_headers(path)
@@ -129,7 +129,7 @@ def _voxel_shape(path: Path) -> tuple[int, ...]:
     return shape
 
 # %% ../../nbs/data/12_array_sets.ipynb #1b4f9ff7
-_HEADING = re.compile(r"^ ?= [^=].*[^=] = ?$", re.M)
+_HEADING = re.compile(r"(?:^|(?<=\n)) ?\n(?= = [^=\n][^\n]* = \n ?\n)")
 
 
 def read_wikitext(root: Path, record: Record, part: str = "") -> OpenCollection:
@@ -141,16 +141,15 @@ def read_wikitext(root: Path, record: Record, part: str = "") -> OpenCollection:
         articles, official = articles + found, official + [side] * len(found)
     words = sum(len(text.split()) for text in articles)
     notes = (f"{words:,} words" + (", with <unk> in place of rare ones: perplexities are not those of papers" if any("<unk>" in t for t in articles) else ""),)
-    titles = [f"{side}/{text.strip().splitlines()[0].strip(' =')}" for side, text in zip(official, articles)]
-    return OpenCollection(record, root, titles, np.zeros(len(articles), int), ("text",), lambda i: articles[i], kind="articles", official=official,
-                          group_source=titles, notes=notes, files=lambda: [p for p in sorted(root.iterdir()) if p.suffix in (".txt", ".tokens", ".raw")])
+    titles = [f"{side}/{number}/{text.strip().splitlines()[0].strip(' =')}" for number, (side, text) in enumerate(zip(official, articles))]
+    return OpenCollection(record, root, titles, np.zeros(len(articles), int), ("text",), lambda i: articles[i], kind="articles", official=official, notes=notes, files=lambda: [p for p in sorted(root.iterdir()) if p.suffix in (".txt", ".tokens", ".raw")])
 
-
+# %% ../../nbs/data/12_array_sets.ipynb #6e7edfe3
 def _articles(path: Path) -> list[str]:
     "The articles of one file."
     from hkust_demos.files import read_text
     text = read_text(path, max_mb=200, suffixes=(path.suffix,))
-    starts = [m.start() for m in _HEADING.finditer(text)]
+    starts = [m.start() for m in _HEADING.finditer(text.replace("\r\n", "\n"))]
     if not starts:
         raise CollectionError(f"{path.name} has no heading of the form ' = Title = '; it is no file of WikiText")
     return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)])]

@@ -33,151 +33,153 @@ class Record:
     parts: str = ""  # glob pattern of the sets inside, "" if the folder is one set
 
 # %% ../../nbs/data/06_collections.ipynb #c12d8f6f
-def _record(name: str, title: str, page: str, license: str, citation: str, **more) -> Record:
-    "A record; names that stand in one string are taken apart."
+COLLECTIONS: dict[str, Record] = {}
+
+
+def _add(name: str, title: str, page: str, license: str, citation: str, **more) -> None:
+    "Put a record into the register; names that stand in one string are taken apart."
     split = {key: tuple(more[key].split("; " if key != "methods" else " ")) for key in ("folders", "marks", "methods")}
-    return Record(name, title, page, license, citation, **{**more, **split})
+    COLLECTIONS[name] = Record(name, title, page, license, citation, **{**more, **split})
 
 # %% ../../nbs/data/06_collections.ipynb #e188cc3a
-_SKIN = [
-    _record("ham10000", "HAM10000 with the centers and split of Fed-ISIC2019", "https://doi.org/10.7910/DVN/DBW86T", "CC BY-NC-SA 4.0",
-            "Tschandl, Rosendahl, Kittler. The HAM10000 dataset. Scientific Data 5, 180161 (2018). Split: Ogier du Terrail et al. FLamby. NeurIPS (2022).",
-            folders="ham10000; HAM10000", marks="HAM10000_metadata; HAM10000_metadata.csv", group="lesion", methods="fednpr vip",
-            layout="HAM10000_metadata(.csv); pictures ISIC_*.jpg in images/ or HAM10000_images_part_1/ and _part_2/; optional FLamby's "
-                   "fed_isic2019_train_test_split.csv (also as train_test_split)",
-            holds="10,015 pictures of 7,470 lesions, 7 diagnoses (8 with the split), 4 clinics", reader="picture_sets:read_ham10000"),
-    _record("isic2019", "ISIC 2019, training part", "https://challenge.isic-archive.com/data/#2019", "CC BY-NC 4.0",
-            "Tschandl et al. (2018); Codella et al. arXiv:1710.05006; Combalia et al. BCN20000. arXiv:1908.02288.",
-            folders="isic2019; ISIC2019; isic_2019; ISIC_2019", marks="ISIC_2019_Training_GroundTruth.csv", group="lesion", methods="fednpr",
-            layout="ISIC_2019_Training_Input/ISIC_*.jpg, ISIC_2019_Training_GroundTruth.csv, ISIC_2019_Training_Metadata.csv; optional "
-                   "HAM10000_metadata (which clinic of Vienna and Queensland) and FLamby's train_test_split",
-            holds="25,331 pictures, 8 diagnoses; 23,247 of them with a known center", reader="picture_sets:read_isic2019"),
-    _record("ph2", "PH2", "https://www.fc.up.pt/addi/ph2%20database.html", "research and education, see the publisher's page",
-            "Mendonca et al. PH2: a dermoscopic image database for research and benchmarking. EMBC (2013).",
-            folders="ph2; PH2; PH2Dataset", marks="PH2_dataset.txt", group="", methods="vip",
-            layout="PH2_dataset.txt; IMD*.bmp as published (PH2 Dataset images/IMD003/IMD003_Dermoscopic_Image/), or images/IMD*.jpg",
-            holds="200 pictures: 80 common nevi, 80 atypical nevi, 40 melanomas, with seven criteria each", reader="picture_sets:read_ph2"),
-    _record("derm7pt", "Derm7pt, the seven-point checklist", "https://derm.cs.sfu.ca", "for research, after registration",
-            "Kawahara et al. Seven-point checklist and skin lesion classification. IEEE JBHI 23(2), 538-546 (2019).",
-            folders="derm7pt; Derm7pt; release_v0", marks="meta/meta.csv", group="case", methods="vip",
-            layout="as published: meta/meta.csv, meta/{train,valid,test}_indexes.csv, images/",
-            holds="1,011 cases with a dermoscopic and a clinical picture; 413 train, 203 validation, 395 test", reader="picture_sets:read_derm7pt"),
-]
+_add("ham10000", "HAM10000 with the centers and split of Fed-ISIC2019", "https://doi.org/10.7910/DVN/DBW86T", "CC BY-NC-SA 4.0",
+     "Tschandl, Rosendahl, Kittler. The HAM10000 dataset. Scientific Data 5, 180161 (2018). Split: Ogier du Terrail et al. FLamby. NeurIPS (2022).",
+     folders="ham10000; HAM10000", marks="HAM10000_metadata; HAM10000_metadata.csv", group="lesion", methods="fednpr vip",
+     layout="HAM10000_metadata(.csv); pictures ISIC_*.jpg in images/ or HAM10000_images_part_1/ and _part_2/; optional FLamby's "
+            "fed_isic2019_train_test_split.csv (also as train_test_split)",
+     holds="10,015 pictures of 7,470 lesions, 7 diagnoses (8 with the split), 4 clinics", reader="picture_sets:read_ham10000")
+_add("isic2019", "ISIC 2019, training part", "https://challenge.isic-archive.com/data/#2019", "CC BY-NC 4.0",
+     "Tschandl et al. (2018); Codella et al. arXiv:1710.05006; Combalia et al. BCN20000. arXiv:1908.02288.",
+     folders="isic2019; ISIC2019; isic_2019; ISIC_2019", marks="ISIC_2019_Training_GroundTruth.csv", group="lesion", methods="fednpr",
+     layout="ISIC_2019_Training_Input/ISIC_*.jpg, ISIC_2019_Training_GroundTruth.csv, ISIC_2019_Training_Metadata.csv; optional "
+            "HAM10000_metadata (which clinic of Vienna and Queensland) and FLamby's train_test_split",
+     holds="25,331 pictures, 8 diagnoses; 23,247 of them with a known center", reader="picture_sets:read_isic2019")
+
+# %% ../../nbs/data/06_collections.ipynb #fb4764d3
+_add("ph2", "PH2", "https://www.fc.up.pt/addi/ph2%20database.html", "research and education, see the publisher's page",
+     "Mendonca et al. PH2: a dermoscopic image database for research and benchmarking. EMBC (2013).",
+     folders="ph2; PH2; PH2Dataset", marks="PH2_dataset.txt", group="", methods="vip",
+     layout="PH2_dataset.txt; IMD*.bmp as published (PH2 Dataset images/IMD003/IMD003_Dermoscopic_Image/), or images/IMD*.jpg",
+     holds="200 pictures: 80 common nevi, 80 atypical nevi, 40 melanomas, with seven criteria each", reader="picture_sets:read_ph2")
+_add("derm7pt", "Derm7pt, the seven-point checklist", "https://derm.cs.sfu.ca", "for research, after registration",
+     "Kawahara et al. Seven-point checklist and skin lesion classification. IEEE JBHI 23(2), 538-546 (2019).",
+     folders="derm7pt; Derm7pt; release_v0", marks="meta/meta.csv", group="case", methods="vip",
+     layout="as published: meta/meta.csv, meta/{train,valid,test}_indexes.csv, images/",
+     holds="1,011 cases with a dermoscopic and a clinical picture; 413 train, 203 validation, 395 test", reader="picture_sets:read_derm7pt")
 
 # %% ../../nbs/data/06_collections.ipynb #170798e4
-_CHEST_EYE_HEAD = [
-    _record("nih-chestxray14", "NIH ChestX-ray14", "https://nihcc.app.box.com/v/ChestXray-NIHCC", "free use with attribution to the NIH Clinical Center",
-            "Wang et al. ChestX-ray8. CVPR (2017).",
-            folders="nih_chestxray14; nih-chestxray14; ChestX-ray14; NIH", marks="Data_Entry_2017_v2020.csv; Data_Entry_2017.csv",
-            layout="Data_Entry_2017_v2020.csv; images/*.png or images_001/images/*.png to images_012; optional train_val_list.txt, test_list.txt",
-            holds="112,120 X-rays of 30,805 patients, 14 findings", group="patient", methods="fedmlp d2ue vip", reader="picture_sets:read_chestxray14"),
-    _record("rsna-pneumonia", "RSNA Pneumonia Detection Challenge", "https://www.kaggle.com/c/rsna-pneumonia-detection-challenge",
-            "NIH pictures; annotations under the rules of the challenge", "Shih et al. Radiology: Artificial Intelligence 1(1), e180041 (2019).",
-            folders="rsna_pneumonia; rsna-pneumonia; rsna-pneumonia-detection-challenge", marks="stage_2_train_labels.csv",
-            layout="stage_2_train_labels.csv, stage_2_detailed_class_info.csv, stage_2_train_images/*.dcm; optional "
-                   "pneumonia-challenge-dataset-mappings_2018.json, which leads to the NIH patients",
-            holds="26,684 X-rays", group="patient", methods="d2ue vip", reader="picture_sets:read_rsna_pneumonia"),
-    _record("odir5k", "ODIR-5K, fundus pictures of both eyes", "https://odir2019.grand-challenge.org", "research, rules of the challenge",
-            "Peking University. International Competition on Ocular Disease Intelligent Recognition (2019).",
-            folders="odir5k; ODIR-5K; odir-5k", marks="full_df.csv",
-            layout="full_df.csv; pictures in images/, preprocessed_images/ or ODIR-5K/ODIR-5K/Training Images/, named ID_left.jpg or ID_right.jpg "
-                   "(anything may follow the side)",
-            holds="6,392 pictures of 3,358 patients with table, 8 labels", group="patient", methods="fedmlp", reader="picture_sets:read_odir5k"),
-    _record("head-ct", "Head CT hemorrhage (Kaggle)", "https://www.kaggle.com/datasets/felipekitamura/head-ct-hemorrhage", "not stated by the publisher",
-            "Kitamura. Head CT - hemorrhage. Kaggle (2018).", folders="head_ct; head-ct; head-ct-hemorrhage", marks="labels.csv",
-            layout="labels.csv with id and hemorrhage, head_ct/NNN.png (also head_ct/head_ct/NNN.png)",
-            holds="200 slices, 100 with hemorrhage, one a case", group="", methods="d2ue fednpr", reader="picture_sets:read_head_ct"),
-    _record("rsna-ich", "RSNA Intracranial Hemorrhage Detection", "https://www.kaggle.com/c/rsna-intracranial-hemorrhage-detection",
-            "rules of the challenge, non-commercial", "Flanders et al. Radiology: Artificial Intelligence 2(3), e190211 (2020).",
-            folders="rsna_ich; rsna-ich; rsna-intracranial-hemorrhage-detection", marks="stage_2_train.csv",
-            layout="stage_2_train.csv with six rows a picture, stage_2_train/ID_*.dcm",
-            holds="752,803 slices, 5 subtypes", group="patient", methods="fedmlp fednpr", reader="picture_sets:read_rsna_ich"),
-    _record("brain-mri", "Brain MR slices with and without tumor (Kaggle)", "https://www.kaggle.com/datasets/navoneel/brain-mri-images-for-brain-tumor-detection",
-            "unknown", "Chakrabarty. Brain MRI images for brain tumor detection. Kaggle (2019).", folders="brain_mri; brain-mri; brain_tumor_dataset",
-            marks="yes", layout="yes/ and no/ with pictures", holds="253 slices, 155 with tumor; some are duplicates", group="identical file",
-            methods="d2ue", reader="picture_sets:read_brain_mri"),
-    _record("med-ad", "Med-AD, the layout of DDAD's anomaly benchmarks", "https://github.com/caiyu6666/DDAD-ASR", "terms of each source",
-            "Cai et al. Dual-distribution discrepancy with self-supervised refinement. Medical Image Analysis 86, 102794 (2023).",
-            folders="med_ad; Med-AD; med-ad", marks="*/data.json", parts="*/data.json", group="", methods="d2ue",
-            layout="{RSNA,VinCXR,BrainTumor,LAG}/images/ and data.json with train and test lists beside",
-            holds="four sets, normal and abnormal", reader="picture_sets:read_med_ad"),
-]
+_add("nih-chestxray14", "NIH ChestX-ray14", "https://nihcc.app.box.com/v/ChestXray-NIHCC", "free use with attribution to the NIH Clinical Center",
+     "Wang et al. ChestX-ray8. CVPR (2017).",
+     folders="nih_chestxray14; nih-chestxray14; ChestX-ray14; NIH", marks="Data_Entry_2017_v2020.csv; Data_Entry_2017.csv",
+     layout="Data_Entry_2017_v2020.csv; images/*.png or images_001/images/*.png to images_012; optional train_val_list.txt, test_list.txt",
+     holds="112,120 X-rays of 30,805 patients, 14 findings", group="patient", methods="fedmlp d2ue vip", reader="picture_sets:read_chestxray14")
+_add("rsna-pneumonia", "RSNA Pneumonia Detection Challenge", "https://www.kaggle.com/c/rsna-pneumonia-detection-challenge",
+     "NIH pictures; annotations under the rules of the challenge", "Shih et al. Radiology: Artificial Intelligence 1(1), e180041 (2019).",
+     folders="rsna_pneumonia; rsna-pneumonia; rsna-pneumonia-detection-challenge", marks="stage_2_train_labels.csv",
+     layout="stage_2_train_labels.csv, stage_2_detailed_class_info.csv, stage_2_train_images/*.dcm; optional "
+            "pneumonia-challenge-dataset-mappings_2018.json, which leads to the NIH patients",
+     holds="26,684 X-rays", group="patient", methods="d2ue vip", reader="picture_sets:read_rsna_pneumonia")
+
+# %% ../../nbs/data/06_collections.ipynb #82e47ac8
+_add("odir5k", "ODIR-5K, fundus pictures of both eyes", "https://odir2019.grand-challenge.org", "research, rules of the challenge",
+     "Peking University. International Competition on Ocular Disease Intelligent Recognition (2019).",
+     folders="odir5k; ODIR-5K; odir-5k", marks="full_df.csv",
+     layout="full_df.csv; pictures in images/, preprocessed_images/ or ODIR-5K/ODIR-5K/Training Images/, named ID_left.jpg or ID_right.jpg "
+            "(anything may follow the side)",
+     holds="6,392 pictures of 3,358 patients with table, 8 labels", group="patient", methods="fedmlp", reader="picture_sets:read_odir5k")
+_add("head-ct", "Head CT hemorrhage (Kaggle)", "https://www.kaggle.com/datasets/felipekitamura/head-ct-hemorrhage", "not stated by the publisher",
+     "Kitamura. Head CT - hemorrhage. Kaggle (2018).", folders="head_ct; head-ct; head-ct-hemorrhage", marks="labels.csv",
+     layout="labels.csv with id and hemorrhage, head_ct/NNN.png (also head_ct/head_ct/NNN.png)",
+     holds="200 slices, 100 with hemorrhage, one a case", group="", methods="d2ue fednpr", reader="picture_sets:read_head_ct")
+_add("rsna-ich", "RSNA Intracranial Hemorrhage Detection", "https://www.kaggle.com/c/rsna-intracranial-hemorrhage-detection",
+     "rules of the challenge, non-commercial", "Flanders et al. Radiology: Artificial Intelligence 2(3), e190211 (2020).",
+     folders="rsna_ich; rsna-ich; rsna-intracranial-hemorrhage-detection", marks="stage_2_train.csv",
+     layout="stage_2_train.csv with six rows a picture, stage_2_train/ID_*.dcm",
+     holds="752,803 slices, 5 subtypes", group="patient", methods="fedmlp fednpr", reader="picture_sets:read_rsna_ich")
+
+# %% ../../nbs/data/06_collections.ipynb #d1f1adbc
+_add("brain-mri", "Brain MR slices with and without tumor (Kaggle)", "https://www.kaggle.com/datasets/navoneel/brain-mri-images-for-brain-tumor-detection",
+     "unknown", "Chakrabarty. Brain MRI images for brain tumor detection. Kaggle (2019).", folders="brain_mri; brain-mri; brain_tumor_dataset",
+     marks="yes", layout="yes/ and no/ with pictures", holds="253 slices, 155 with tumor; some are duplicates", group="file content",
+     methods="d2ue", reader="picture_sets:read_brain_mri")
+_add("med-ad", "Med-AD, the layout of DDAD's anomaly benchmarks", "https://github.com/caiyu6666/DDAD-ASR", "terms of each source",
+     "Cai et al. Dual-distribution discrepancy with self-supervised refinement. Medical Image Analysis 86, 102794 (2023).",
+     folders="med_ad; Med-AD; med-ad", marks="*/data.json", parts="*/data.json", group="", methods="d2ue",
+     layout="{RSNA,VinCXR,BrainTumor,LAG}/images/ and data.json with train and test lists beside",
+     holds="four sets, normal and abnormal", reader="picture_sets:read_med_ad")
 
 # %% ../../nbs/data/06_collections.ipynb #cb3f3952
 _CLASSES = "CLASS/picture, or pictures named CLASS___anything"
-_TISSUE = [
-    _record("oral-histology", "Oral squamous cell carcinoma, H&E", "https://doi.org/10.17632/ftmp4cvtmb.1", "CC0 as its copy states; see the publisher's page",
-            "Rahman et al. Histopathological imaging database for oral cancer analysis. Data in Brief 29, 105114 (2020).",
-            folders="oral_histology; oral-histology", marks="*/*; *", layout="pictures named Normal_100x_1.jpg or OSCC_400x_7.jpg in any folders; "
-            "folders called train, val or test are taken for a split", holds="1,224 pictures at 100x and 400x of 230 patients, who are not named",
-            group="", methods="gpfm", reader="tissue_sets:read_oral"),
-    _record("nct-crc", "NCT-CRC-HE-100K and CRC-VAL-HE-7K", "https://doi.org/10.5281/zenodo.1214456", "CC BY 4.0",
-            "Kather et al. PLOS Medicine 16(1), e1002730 (2019).", folders="nct_crc; nct-crc; histology_probes/nct_crc", marks="*.jpg; */*/*.tif; */*.tif",
-            layout=f"NCT-CRC-HE-100K/CLASS/*.tif and CRC-VAL-HE-7K/CLASS/*.tif as published; or {_CLASSES}",
-            holds="100,000 training and 7,180 validation patches, 9 tissues; patients not named, but apart between the two", group="",
-            methods="gpfm", reader="tissue_sets:read_nct_crc"),
-    _record("lc25000", "LC25000, lung and colon", "https://github.com/tampapath/lung_colon_image_set", "terms of the publisher's page",
-            "Borkowski et al. arXiv:1912.12142 (2019).", folders="lc25000; LC25000; lung_colon_image_set; histology_probes/lc25000", marks="*.jpg; */*/*.jpeg; */*.jpeg",
-            layout=f"lung_image_sets/CLASS/*.jpeg and colon_image_sets/CLASS/*.jpeg as published; or {_CLASSES}",
-            holds="25,000 patches augmented from 1,250 originals, 5 classes", group="", methods="gpfm", reader="tissue_sets:read_lc25000"),
-    _record("breakhis", "BreakHis, breast tumors", "https://web.inf.ufpr.br/vri/databases/breast-cancer-histopathological-database-breakhis/",
-            "terms of the publisher's page", "Spanhol et al. IEEE TBME 63(7), 1455-1462 (2016).",
-            folders="breakhis; BreaKHis_v1; histology_probes/breakhis", marks="*.jpg; histology_slides; */*.png",
-            layout=f"histology_slides/breast/... as published; or {_CLASSES}", holds="7,909 pictures of 82 patients, four magnifications",
-            group="patient", methods="gpfm", reader="tissue_sets:read_breakhis"),
-    _record("osteosarcoma", "Osteosarcoma tumor assessment", "https://doi.org/10.7937/tcia.2019.bvhjhdas", "CC BY 3.0",
-            "Leavey et al. The Cancer Imaging Archive (2019).", folders="osteosarcoma; histology_probes/osteosarcoma", marks="*.jpg; */*.jpg",
-            layout=f"{_CLASSES}; file names begin with the case", holds="1,144 patches of 4 patients, 3 classes", group="case", methods="gpfm",
-            reader="tissue_sets:read_osteosarcoma"),
-    _record("gastric", "SEED gastric carcinoma", "https://www.kaggle.com/datasets/wangtyi/seedgastric-carcinoma-dataset", "not stated; see the publisher's page",
-            "SEED gastric carcinoma dataset. Kaggle.", folders="gastric; histology_probes/gastric", marks="*.jpg; */*.*", layout=_CLASSES,
-            holds="three unnamed categories; patients not named", group="", methods="gpfm", reader="tissue_sets:read_gastric"),
-]
+_add("oral-histology", "Oral squamous cell carcinoma, H&E", "https://doi.org/10.17632/ftmp4cvtmb.1", "CC0 as its copy states; see the publisher's page",
+     "Rahman et al. Histopathological imaging database for oral cancer analysis. Data in Brief 29, 105114 (2020).",
+     folders="oral_histology; oral-histology", marks="*/*; *", layout="pictures named Normal_100x_1.jpg or OSCC_400x_7.jpg in any folders; "
+     "folders called train, val or test are taken for a split", holds="1,224 pictures at 100x and 400x of 230 patients, who are not named",
+     group="", methods="gpfm", reader="tissue_sets:read_oral")
+_add("nct-crc", "NCT-CRC-HE-100K and CRC-VAL-HE-7K", "https://doi.org/10.5281/zenodo.1214456", "CC BY 4.0",
+     "Kather et al. PLOS Medicine 16(1), e1002730 (2019).", folders="nct_crc; nct-crc; histology_probes/nct_crc", marks="*.jpg; */*/*.tif; */*.tif",
+     layout=f"NCT-CRC-HE-100K/CLASS/*.tif and CRC-VAL-HE-7K/CLASS/*.tif as published; or {_CLASSES}",
+     holds="100,000 training and 7,180 validation patches, 9 tissues; patients not named, but apart between the two", group="",
+     methods="gpfm", reader="tissue_sets:read_nct_crc")
+_add("lc25000", "LC25000, lung and colon", "https://github.com/tampapath/lung_colon_image_set", "terms of the publisher's page",
+     "Borkowski et al. arXiv:1912.12142 (2019).", folders="lc25000; LC25000; lung_colon_image_set; histology_probes/lc25000", marks="*.jpg; */*/*.jpeg; */*.jpeg",
+     layout=f"lung_image_sets/CLASS/*.jpeg and colon_image_sets/CLASS/*.jpeg as published; or {_CLASSES}",
+     holds="25,000 patches augmented from 1,250 originals, 5 classes", group="", methods="gpfm", reader="tissue_sets:read_lc25000")
+
+# %% ../../nbs/data/06_collections.ipynb #4e078bd3
+_add("breakhis", "BreakHis, breast tumors", "https://web.inf.ufpr.br/vri/databases/breast-cancer-histopathological-database-breakhis/",
+     "terms of the publisher's page", "Spanhol et al. IEEE TBME 63(7), 1455-1462 (2016).",
+     folders="breakhis; BreaKHis_v1; histology_probes/breakhis", marks="*.jpg; histology_slides; */*.png",
+     layout=f"histology_slides/breast/... as published; or {_CLASSES}", holds="7,909 pictures of 82 patients, four magnifications",
+     group="patient", methods="gpfm", reader="tissue_sets:read_breakhis")
+_add("osteosarcoma", "Osteosarcoma tumor assessment", "https://doi.org/10.7937/tcia.2019.bvhjhdas", "CC BY 3.0",
+     "Leavey et al. The Cancer Imaging Archive (2019).", folders="osteosarcoma; histology_probes/osteosarcoma", marks="*.jpg; */*.jpg",
+     layout=f"{_CLASSES}; file names begin with the case", holds="1,144 patches of 4 patients, 3 classes", group="case", methods="gpfm",
+     reader="tissue_sets:read_osteosarcoma")
+_add("gastric", "SEED gastric carcinoma", "https://www.kaggle.com/datasets/wangtyi/seedgastric-carcinoma-dataset", "not stated; see the publisher's page",
+     "SEED gastric carcinoma dataset. Kaggle.", folders="gastric; histology_probes/gastric", marks="*.jpg; */*.*", layout=_CLASSES,
+     holds="three unnamed categories; patients not named", group="", methods="gpfm", reader="tissue_sets:read_gastric")
 
 # %% ../../nbs/data/06_collections.ipynb #7afef5c7
-_MASKS = [
-    _record("dsb2018", "Data Science Bowl 2018 (BBBC038), nuclei", "https://bbbc.broadinstitute.org/BBBC038", "CC0",
-            "Caicedo et al. Nature Methods 16, 1247-1253 (2019).", folders="dsb2018; BBBC038; data-science-bowl-2018", marks="stage1_train; labels",
-            layout="stage1_train/ID/{images,masks}/*.png as published; or images/ID.* with labels/ID.png of instance numbers", group="",
-            holds="670 pictures of the published training stage (664 after the corrections of 2018)", methods="fedia", reader="mask_sets:read_dsb2018"),
-    _record("lits", "LiTS, liver and liver tumor", "https://competitions.codalab.org/competitions/17094", "CC BY-NC-ND 4.0",
-            "Bilic et al. Medical Image Analysis 84, 102680 (2023).", folders="lits; LiTS; LITS17", marks="volume-*.nii*; */volume-*.nii*",
-            layout="volume-N.nii and segmentation-N.nii in any folders", holds="131 labeled CT", group="volume", methods="ltuda", reader="mask_sets:read_lits"),
-    _record("msd", "Medical Segmentation Decathlon, CT organs", "http://medicaldecathlon.com", "CC BY-SA 4.0",
-            "Antonelli et al. Nature Communications 13, 4128 (2022).", folders="msd; MSD; medical-segmentation-decathlon",
-            marks="Task0[379]_*/imagesTr", parts="Task0[379]_*/imagesTr", layout="TaskNN_Organ/{imagesTr,labelsTr}/NAME.nii.gz and dataset.json",
-            holds="41 spleens, 281 pancreases, 131 livers among ten tasks", group="volume", methods="ltuda", reader="mask_sets:read_msd"),
-    _record("kits19", "KiTS19, kidney and kidney tumor", "https://kits19.grand-challenge.org", "CC BY-NC-SA 4.0", "Heller et al. arXiv:1904.00445 (2019).",
-            folders="kits19; KiTS19; kits", marks="case_*; data/case_*", layout="case_NNNNN/{imaging,segmentation}.nii.gz, also below data/",
-            holds="210 labeled CT", group="patient", methods="ltuda", reader="mask_sets:read_kits"),
-    _record("nih-pancreas", "NIH Pancreas-CT", "https://doi.org/10.7937/K9/TCIA.2016.tNB1kqBU", "CC BY 3.0", "Roth et al. The Cancer Imaging Archive (2016).",
-            folders="nih_pancreas; Pancreas-CT; nih-pancreas", marks="PANCREAS_0*; Pancreas-CT/PANCREAS_0*",
-            layout="PANCREAS_NNNN/ with one DICOM series below, and labelNNNN.nii.gz in any folder", holds="82 CT of 82 patients", group="patient",
-            methods="ltuda", reader="mask_sets:read_pancreas"),
-    _record("abdomenct-1k", "AbdomenCT-1K", "https://github.com/JunMa11/AbdomenCT-1K", "terms of the publisher's page", "Ma et al. IEEE TPAMI 44(10), 6695-6714 (2022).",
-            folders="abdomenct_1k; AbdomenCT-1K", marks="*/Case_*_0000.nii.gz; Case_*_0000.nii.gz",
-            layout="Case_NNNNN_0000.nii.gz and Case_NNNNN.nii.gz in any folders", holds="1,000 labeled CT; built from LiTS, KiTS, MSD and NIH Pancreas",
-            group="volume", methods="ltuda", reader="mask_sets:read_abdomen"),
-]
+_add("dsb2018", "Data Science Bowl 2018 (BBBC038), nuclei", "https://bbbc.broadinstitute.org/BBBC038", "CC0",
+     "Caicedo et al. Nature Methods 16, 1247-1253 (2019).", folders="dsb2018; BBBC038; data-science-bowl-2018", marks="stage1_train; labels",
+     layout="stage1_train/ID/{images,masks}/*.png as published; or images/ID.* with labels/ID.png of instance numbers", group="",
+     holds="670 pictures of the published training stage (664 after the corrections of 2018)", methods="fedia", reader="mask_sets:read_dsb2018")
+_add("lits", "LiTS, liver and liver tumor", "https://competitions.codalab.org/competitions/17094", "CC BY-NC-ND 4.0",
+     "Bilic et al. Medical Image Analysis 84, 102680 (2023).", folders="lits; LiTS; LITS17", marks="volume-*.nii*; */volume-*.nii*",
+     layout="volume-N.nii and segmentation-N.nii in any folders", holds="131 labeled CT", group="volume", methods="ltuda", reader="mask_sets:read_lits")
+_add("msd", "Medical Segmentation Decathlon, CT organs", "http://medicaldecathlon.com", "CC BY-SA 4.0",
+     "Antonelli et al. Nature Communications 13, 4128 (2022).", folders="msd; MSD; medical-segmentation-decathlon",
+     marks="Task0[379]_*/imagesTr", parts="Task0[379]_*/imagesTr", layout="TaskNN_Organ/{imagesTr,labelsTr}/NAME.nii.gz and dataset.json",
+     holds="41 spleens, 281 pancreases, 131 livers among ten tasks", group="volume", methods="ltuda", reader="mask_sets:read_msd")
+_add("kits19", "KiTS19, kidney and kidney tumor", "https://kits19.grand-challenge.org", "CC BY-NC-SA 4.0", "Heller et al. arXiv:1904.00445 (2019).",
+     folders="kits19; KiTS19; kits", marks="case_*; data/case_*", layout="case_NNNNN/{imaging,segmentation}.nii.gz, also below data/",
+     holds="210 labeled CT", group="patient", methods="ltuda", reader="mask_sets:read_kits")
+
+# %% ../../nbs/data/06_collections.ipynb #f1ac7c0a
+_add("nih-pancreas", "NIH Pancreas-CT", "https://doi.org/10.7937/K9/TCIA.2016.tNB1kqBU", "CC BY 3.0", "Roth et al. The Cancer Imaging Archive (2016).",
+     folders="nih_pancreas; Pancreas-CT; nih-pancreas", marks="PANCREAS_0*; Pancreas-CT/PANCREAS_0*",
+     layout="PANCREAS_NNNN/ with one DICOM series below, and labelNNNN.nii.gz in any folder", holds="82 CT of 82 patients", group="patient",
+     methods="ltuda", reader="mask_sets:read_pancreas")
+_add("abdomenct-1k", "AbdomenCT-1K", "https://github.com/JunMa11/AbdomenCT-1K", "terms of the publisher's page", "Ma et al. IEEE TPAMI 44(10), 6695-6714 (2022).",
+     folders="abdomenct_1k; AbdomenCT-1K", marks="*/Case_*_0000.nii.gz; Case_*_0000.nii.gz",
+     layout="Case_NNNNN_0000.nii.gz and Case_NNNNN.nii.gz in any folders", holds="1,000 labeled CT; built from LiTS, KiTS, MSD and NIH Pancreas",
+     group="volume", methods="ltuda", reader="mask_sets:read_abdomen")
 
 # %% ../../nbs/data/06_collections.ipynb #e30b8392
-_OTHER = [
-    _record("medmnist", "MedMNIST v2", "https://medmnist.com", "CC BY 4.0 (DermaMNIST CC BY-NC 4.0)", "Yang et al. Scientific Data 10, 41 (2023).",
-            folders="medmnist; MedMNIST; pneumoniamnist; pathmnist; bloodmnist; dermamnist; chestmnist; octmnist; breastmnist; retinamnist; tissuemnist",
-            marks="*mnist*.npz", parts="*mnist*.npz", layout="NAMEmnist.npz or NAMEmnist_224.npz as published", group="", methods="d2ue fednpr vip",
-            holds="12 flat and 6 solid sets; PneumoniaMNIST has 4,708 + 524 + 624", reader="array_sets:read_medmnist"),
-    _record("modelnet", "ModelNet10 and ModelNet40 (OFF)", "https://modelnet.cs.princeton.edu", "research", "Wu et al. 3D ShapeNets. CVPR (2015).",
-            folders="modelnet; ModelNet10; ModelNet40", marks="*/train/*.off", layout="CLASS/{train,test}/*.off", group="", methods="memristor",
-            holds="ModelNet10: 3,991 + 908 meshes; ModelNet40: 9,843 + 2,468", reader="array_sets:read_modelnet"),
-    _record("modelnet-voxels", "ModelNet as voxels", "https://modelnet.cs.princeton.edu", "research", "Wu et al. 3D ShapeNets. CVPR (2015).",
-            folders="modelnet_voxels; modelnet-voxels", marks="*.npz", layout="CLASS.npz with voxels (N, bytes of packed bits) and shape (N, 32, 32, 32)",
-            group="", methods="memristor", holds="889 chairs and 465 monitors of ModelNet10's training part in the copy we use", reader="array_sets:read_voxels"),
-    _record("wikitext-2", "WikiText-2", "https://www.salesforce.com/products/einstein/ai-research/the-wikitext-dependency-parsing-dataset/", "CC BY-SA 3.0",
-            "Merity et al. Pointer sentinel mixture models. arXiv:1609.07843 (2016).", folders="wikitext-2; wikitext2; wikitext-2-raw",
-            marks="test.txt; wiki.test.tokens; wiki.test.raw", layout="train.txt, valid.txt, test.txt; also wiki.*.tokens or wiki.*.raw",
-            group="article", methods="eora rolora", holds="about 2.5 million words in 720 articles", reader="array_sets:read_wikitext"),
-]
-COLLECTIONS: dict[str, Record] = {r.name: r for r in [*_SKIN, *_CHEST_EYE_HEAD, *_TISSUE, *_MASKS, *_OTHER]}
+_add("medmnist", "MedMNIST v2", "https://medmnist.com", "CC BY 4.0 (DermaMNIST CC BY-NC 4.0)", "Yang et al. Scientific Data 10, 41 (2023).",
+     folders="medmnist; MedMNIST; pneumoniamnist; pathmnist; bloodmnist; dermamnist; chestmnist; octmnist; breastmnist; retinamnist; tissuemnist",
+     marks="*mnist*.npz", parts="*mnist*.npz", layout="NAMEmnist.npz or NAMEmnist_224.npz as published", group="", methods="d2ue fednpr vip",
+     holds="12 flat and 6 solid sets; PneumoniaMNIST has 4,708 + 524 + 624", reader="array_sets:read_medmnist")
+_add("modelnet", "ModelNet10 and ModelNet40 (OFF)", "https://modelnet.cs.princeton.edu", "research", "Wu et al. 3D ShapeNets. CVPR (2015).",
+     folders="modelnet; ModelNet10; ModelNet40", marks="*/train/*.off", layout="CLASS/{train,test}/*.off", group="", methods="memristor",
+     holds="ModelNet10: 3,991 + 908 meshes; ModelNet40: 9,843 + 2,468", reader="array_sets:read_modelnet")
+_add("modelnet-voxels", "ModelNet as voxels", "https://modelnet.cs.princeton.edu", "research", "Wu et al. 3D ShapeNets. CVPR (2015).",
+     folders="modelnet_voxels; modelnet-voxels", marks="*.npz", layout="CLASS.npz with voxels (N, bytes of packed bits) and shape (N, 32, 32, 32)",
+     group="", methods="memristor", holds="889 chairs and 465 monitors of ModelNet10's training part in the copy we use", reader="array_sets:read_voxels")
+_add("wikitext-2", "WikiText-2", "https://www.salesforce.com/products/einstein/ai-research/the-wikitext-dependency-parsing-dataset/", "CC BY-SA 3.0",
+     "Merity et al. Pointer sentinel mixture models. arXiv:1609.07843 (2016).", folders="wikitext-2; wikitext2; wikitext-2-raw",
+     marks="test.txt; wiki.test.tokens; wiki.test.raw", layout="train.txt, valid.txt, test.txt; also wiki.*.tokens or wiki.*.raw",
+     group="", methods="eora rolora", holds="about 2.5 million words in 720 articles", reader="array_sets:read_wikitext")
 
 # %% ../../nbs/data/06_collections.ipynb #2a06243e
 VARIABLE = "HKUST_DEMOS_DATA"
@@ -224,7 +226,7 @@ def _inside(root: Path, folder: str) -> Path | None:
             return None
     return root
 
-
+# %% ../../nbs/data/06_collections.ipynb #9de3f4b1
 def _places(record: Record, root: Path | None) -> Iterator[Path]:
     "Folders of a set that hold what it is recognized by."
     root, seen = root or data_root(), set()

@@ -32,7 +32,7 @@ def _is_here(name: str) -> bool:
     except CollectionMissing:
         return False
 
-
+# %% ../../nbs/data/15_command.ipynb #3a305104
 def record_lines(
     name: str,
 ) -> list[str]:
@@ -49,12 +49,13 @@ def _progress(name: str) -> Callable[[int, int], None] | None:
         return None
     return lambda done, n: print(f"\r{name}: {done:,} of {n:,} read", end="\n" if done == n else "", file=sys.stderr, flush=True) if done % 50 == 0 or done == n else None
 
-
+# %% ../../nbs/data/15_command.ipynb #350ce41d
 def check_set(
     name: str,  # with its part, if it has any
 ) -> tuple[list[str], int]:  # lines, number of faults
     "Open a set, read everything in it once, and tell its counts."
     from hkust_demos.data.examples import decode_all, describe
+    get_record(name)
     try:
         collection = open_collection(name)
         faults = decode_all(collection, progress=_progress(name))
@@ -66,7 +67,7 @@ def check_set(
     lines += [f"all {len(collection):,} read"] if not faults else [f"{len(faults):,} cannot be read, such as {faults[0]}"]
     return lines, len(faults)
 
-# %% ../../nbs/data/15_command.ipynb #350ce41d
+# %% ../../nbs/data/15_command.ipynb #5787fe87
 def _names(chosen: list[str]) -> list[str]:
     "Names of sets with their parts; without a choice every set of the register."
     found = []
@@ -77,7 +78,7 @@ def _names(chosen: list[str]) -> list[str]:
             found.append(name)
     return found
 
-
+# %% ../../nbs/data/15_command.ipynb #8146541b
 def _check(args: argparse.Namespace) -> list[Path]:
     "Check the chosen sets, or all."
     if data_root() is None:

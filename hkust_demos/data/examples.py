@@ -31,24 +31,30 @@ class CollectionError(ValueError):
     "Something in a public set that is not as its publisher lays it out: the sentence names the file and what was expected."
 
 
+def _decoded(file, name: str, at_least: int | None):
+    "Pixels of an open picture, upright."
+    from PIL import Image, ImageOps
+    with Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PICTURE_PIXELS:
+            raise CollectionError(f"{name} claims {image.width} x {image.height} pixels; at most {MAX_PICTURE_PIXELS:,} are read")
+        if at_least and image.format == "JPEG":
+            image.draft(None, (at_least, at_least))
+        image.load()
+        return ImageOps.exif_transpose(image)
+
+# %% ../../nbs/data/07_examples.ipynb #3d50102b
 def open_picture(
     source: Path | bytes,  # a file, or its bytes
     *,
     at_least: int | None = None,  # pixels of the shorter side that are needed; a large JPEG is decoded no larger than that
 ):  # a Pillow image with its pixels read
     "One picture within the limits, upright."
-    from PIL import Image, ImageOps
-    name = source.name if isinstance(source, Path) else "the picture"
+    is_file = isinstance(source, Path)
+    name = source.name if is_file else "the picture"
     try:
-        if isinstance(source, Path) and source.stat().st_size > MAX_PICTURE_MB * 1e6:
+        if (source.stat().st_size if is_file else len(source)) > MAX_PICTURE_MB * 1e6:
             raise CollectionError(f"{name} has more than {MAX_PICTURE_MB} MB, which no picture of these sets has")
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PICTURE_PIXELS:
-                raise CollectionError(f"{name} claims {image.width} x {image.height} pixels; at most {MAX_PICTURE_PIXELS} are read")
-            if at_least and image.format == "JPEG":
-                image.draft(None, (at_least, at_least))
-            image.load()
-            return ImageOps.exif_transpose(image)
+        return _decoded(source if is_file else io.BytesIO(source), name, at_least)
     except CollectionError:
         raise
     except Exception as error:  # of Pillow's decoders: OSError, SyntaxError, struct.error, ValueError, zlib.error and more
@@ -84,7 +90,7 @@ def _eight_bits(image):
         return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image.convert("RGBA"))
     return image
 
-
+# %% ../../nbs/data/07_examples.ipynb #3333d28e
 def fit_picture(
     image,  # a Pillow image
     size: int,  # pixels a side
@@ -227,7 +233,7 @@ class _Known(Collection):
         digest.update(",".join(str(os.stat(path).st_size) for path in self.files()).encode())
         return f"{len(self)} {self.kind}, {digest.hexdigest()[:12]}"
 
-
+# %% ../../nbs/data/07_examples.ipynb #5b734533
 def _column(source, n: int) -> np.ndarray:
     "A column of words, from a list or from the function that finds them out."
     found = source() if callable(source) else source
@@ -264,8 +270,8 @@ class Pictures(Sequence):
     source: Collection
     indices: tuple[int, ...]
     size: int
-    color: bool = True
-    fit: str = "crop"
+    color: bool
+    fit: str
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -277,8 +283,7 @@ class Pictures(Sequence):
 
     def array(self, workers: int = 2) -> np.ndarray:
         "All of them at once, (n, size, size, 3) or (n, size, size)."
-        with ThreadPoolExecutor(workers) as pool:
-            return np.stack(list(pool.map(self.__getitem__, range(len(self)))))
+        return np.stack(list(ThreadPoolExecutor(workers).map(self.__getitem__, range(len(self)))))
 
 # %% ../../nbs/data/07_examples.ipynb #5d28ec21
 class OpenCollection(_Seen):
@@ -321,7 +326,7 @@ def _by(collection: OpenCollection) -> str:
         return f"split by {collection.record.group}"
     return "split by picture, since the publisher names no patients"
 
-
+# %% ../../nbs/data/07_examples.ipynb #e95fa9e2
 def _official(collection: OpenCollection, clean: bool) -> Split:
     "The publisher's split."
     side = np.asarray(list(collection.official), dtype=object)
@@ -356,7 +361,7 @@ def decode_all(
             return f"{collection.keys[index]}: {error}"
     faults = []
     with ThreadPoolExecutor(workers) as pool:
-        for done, fault in enumerate(pool.map(decode, range(len(collection)), chunksize=1), 1):
+        for done, fault in enumerate(pool.map(decode, range(len(collection))), 1):
             faults += [fault] * (fault is not None)
             if progress:
                 progress(done, len(collection))
@@ -370,14 +375,17 @@ def describe(
     known = {group for group in collection.groups if group}
     lines = [f"{len(collection):,} {collection.kind}" + (f" of {len(known):,} {_plural(collection.record.group)}" if known else ""),
              "classes: " + ", ".join(f"{name} {n:,}" for name, n in collection.counts().items())]
-    sites = Counter(site for site in collection.sites if site)
-    lines += ["sites: " + ", ".join(f"{name} {n:,}" for name, n in sorted(sites.items()))] if sites else []
-    if any(side == "test" for side in collection.official) and any(side == "train" for side in collection.official):
+    lines += [*_counted("sites", collection.sites), *_counted("published sides", collection.official)]
+    if {"train", "test"} <= set(collection.official):
         split = collection.official_split()
-        sizes = [f"{len(side):,} {name}" for name, side in (("training", split.train), ("validation", split.val), ("test", split.test)) if len(side)]
-        lines += [f"official split: {', '.join(sizes)}"]
-        lines += [split.note, collection.official_split(clean=True).note] if len(split.leaked) else []
+        lines += [split.note, collection.official_split(clean=True).note] if any(collection.groups) else []
     return lines + list(collection.notes)
+
+
+def _counted(title: str, column: Iterable[str]) -> list[str]:
+    "A line with the counts of a column; none if it is empty."
+    counts = Counter(word for word in column if word)
+    return [f"{title}: " + ", ".join(f"{name} {n:,}" for name, n in sorted(counts.items()))] if counts else []
 
 
 def _plural(word: str) -> str:

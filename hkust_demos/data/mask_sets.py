@@ -53,7 +53,7 @@ def _agreeing(picture: Path, mask: np.ndarray) -> np.ndarray:
         raise CollectionError(f"the mask of {picture.name} has another size than the picture, or is missing; download the set again")
     return mask
 
-
+# %% ../../nbs/data/11_mask_sets.ipynb #c2e4b81e
 def read_dsb2018(root: Path, record: Record, part: str = "") -> OpenCollection:
     "Nuclei with instance masks; the three looks are sites."
     if (root / "stage1_train").is_dir():
@@ -82,7 +82,7 @@ class OrganScan:
     labelled: tuple[int, ...]  # organs that this set annotates
     note: str = ""
 
-
+# %% ../../nbs/data/11_mask_sets.ipynb #21327f7b
 def translate(
     values: np.ndarray,  # the publisher's numbers
     table: dict[int, int],  # publisher's number -> ours
@@ -141,7 +141,7 @@ def _volumes(record: Record, root: Path, pairs: dict[str, tuple[Path, Path]], ta
     return OpenCollection(record, root, keys, np.zeros(len(keys), int), ("CT",), read, kind="volumes", part=part, notes=notes,
                           group_source=[group(key) for key in keys], files=lambda: [f for pair in pairs.values() for f in pair if f.is_file()])
 
-
+# %% ../../nbs/data/11_mask_sets.ipynb #9bba85e2
 def _paired(root: Path, image: str, label: str) -> dict[str, tuple[Path, Path]]:
     "Scans and labels whose names hold the same number."
     files = list(walk_files(root, (".nii", ".nii.gz")))

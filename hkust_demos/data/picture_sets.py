@@ -105,7 +105,7 @@ def _ph2_rows(path: Path) -> pd.DataFrame:
         raise CollectionError(f"{path.name} holds no table of PH2; its rows begin with || IMD003 || and have ten fields")
     return pd.DataFrame(rows, columns=["image", "histology", "diagnosis", *PH2_CRITERIA])
 
-
+# %% ../../nbs/data/09_picture_sets.ipynb #f2c519a7
 def read_ph2(root: Path, record: Record, part: str = "") -> OpenCollection:
     "PH2 with its criteria as columns."
     table = _ph2_rows(root / "PH2_dataset.txt")
@@ -125,7 +125,7 @@ def _derm_class(name: str) -> str:
         return "melanoma" if not name.endswith("metastasis") or name == "melanoma metastasis" else "miscellaneous"
     return next((coarse for end, coarse in ends.items() if name.endswith(end)), "miscellaneous")
 
-
+# %% ../../nbs/data/09_picture_sets.ipynb #3e295cf4
 def read_derm7pt(root: Path, record: Record, part: str = "") -> OpenCollection:
     "Derm7pt: dermoscopic pictures with seven criteria and the published split."
     table = read_table(root / "meta" / "meta.csv", ("case_num", "diagnosis", "derm", *DERM_CRITERIA))
@@ -154,7 +154,7 @@ def _listed(root: Path, names: dict[str, str], keys: Sequence[str]) -> np.ndarra
     sides = {line.strip(): side for name, side in names.items() for line in (root / name).read_text(encoding="utf-8").splitlines()}
     return np.array([sides.get(key, "") for key in keys], object)
 
-
+# %% ../../nbs/data/09_picture_sets.ipynb #f882d301
 def read_chestxray14(root: Path, record: Record, part: str = "") -> OpenCollection:
     "ChestX-ray14 with patients, views and the official lists."
     path = _first(root, "Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
@@ -186,7 +186,7 @@ def _picture_reader(files: list[Path], window: tuple[float, float] | None = None
     "Index -> picture, DICOM or not."
     return lambda i: _dicom_picture(files[i], window) if files[i].suffix.lower() == ".dcm" else files[i]
 
-
+# %% ../../nbs/data/09_picture_sets.ipynb #1b299500
 def _rsna_patients(root: Path) -> dict[str, str]:
     "RSNA's name of a picture -> NIH patient, from the published mapping; empty where it is not here."
     path = root / "pneumonia-challenge-dataset-mappings_2018.json"
@@ -222,12 +222,14 @@ def read_odir5k(root: Path, record: Record, part: str = "") -> OpenCollection:
     "ODIR-5K, one example an eye."
     table = read_table(root / "full_df.csv", ("ID", "labels", "filename", *ODIR_CLASSES))
     places = ("images", "preprocessed_images", "ODIR-5K/ODIR-5K/Training Images", "ODIR-5K/Training Images", "Training Images")
-    named = {re.match(r"\d+_(left|right)|$", stem)[0]: path for stem, path in reversed(index_files(root / place for place in places).items())}
-    named.pop("", None)
+    found = {stem: path for stem, path in index_files(root / place for place in places).items() if re.match(r"\d+_(left|right)(_|$)", stem)}
+    named = {re.match(r"\d+_(left|right)", stem)[0]: path for stem, path in reversed(found.items())}
     table, files, notes = with_files(table, table.filename.str.replace(r"\.[a-z]+$", "", regex=True), named)
     labels = _in_classes(table.labels.str.strip("[]' \""), ODIR_CLASSES, "full_df.csv")
     patient = numbers(table, ODIR_CLASSES, "full_df.csv") > 0
     table = table.assign(patient_labels=list(patient), age=table.get("Patient Age", ""), sex=table.get("Patient Sex", ""))
+    again = len(found) - len(named)
+    notes += [f"{len(found):,} pictures are here; {again:,} of them show an eye a second time under another finding and are left out"] * (again > 0)
     keep = ("patient_labels", "age", "sex", "Left-Diagnostic Keywords", "Right-Diagnostic Keywords")
     return _from_rows(record, root, table, files, "filename", labels, ODIR_CLASSES, columns=keep, notes=tuple(notes), group_source=table.ID.to_numpy(object))
 
@@ -265,7 +267,7 @@ def _patient_hash(path: Path) -> str:
         raise CollectionError(f"{path.name} is no DICOM file ({type(error).__name__}); download it again") from error
     return sha256(f"hkust-demos {header.get('PatientID', '')}".encode()).hexdigest()[:16] if header.get("PatientID") else ""
 
-
+# %% ../../nbs/data/09_picture_sets.ipynb #63e53c2f
 def _dicom_patients(files: list[Path]) -> list[str]:
     "Hashed patients of some DICOM files, kept in the cache."
     from concurrent.futures import ThreadPoolExecutor

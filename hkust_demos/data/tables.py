@@ -18,7 +18,7 @@ from .examples import CollectionError
 # %% ../../nbs/data/08_tables.ipynb #95dbd84c
 MAX_TABLE_MB = 300
 
-
+# %% ../../nbs/data/08_tables.ipynb #d0feb250
 def read_table(
     path: str | Path,
     columns: Sequence[str],  # that must be there
@@ -72,7 +72,7 @@ def walk_files(
             if name.lower().endswith(tuple(endings)) and not name.startswith("."):
                 yield Path(folder) / name
 
-
+# %% ../../nbs/data/08_tables.ipynb #3a50a4e5
 def index_files(
     folders: Iterable[str | Path],  # those that exist are walked
     endings: Sequence[str] = PICTURES,
