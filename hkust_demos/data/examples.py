@@ -343,6 +343,18 @@ def _official(collection: OpenCollection, clean: bool) -> Split:
     return Split(train, test, f"official split as published: {found}", val, leaked)
 
 # %% ../../nbs/data/07_examples.ipynb #fd3ea3c3
+def _fault(collection: OpenCollection, index: int) -> str | None:
+    "Read one example and its mask; the sentence if it cannot be read."
+    try:
+        raw = collection.read(index)
+        if isinstance(raw, (Path, bytes)):
+            open_picture(raw)
+        if collection.read_mask is not None:
+            collection.read_mask(index)
+    except (ValueError, OSError) as error:
+        return f"{collection.keys[index]}: {error}"
+
+# %% ../../nbs/data/07_examples.ipynb #bcb2b0ee
 def decode_all(
     collection: OpenCollection,
     *,
@@ -350,18 +362,9 @@ def decode_all(
     workers: int = 2,
 ) -> list[str]:  # a sentence for each example that cannot be read
     "Read every example, and every mask, once."
-    def decode(index: int) -> str | None:
-        try:
-            raw = collection.read(index)
-            if isinstance(raw, (Path, bytes)):
-                open_picture(raw)
-            if collection.read_mask is not None:
-                collection.read_mask(index)
-        except (ValueError, OSError) as error:
-            return f"{collection.keys[index]}: {error}"
     faults = []
     with ThreadPoolExecutor(workers) as pool:
-        for done, fault in enumerate(pool.map(decode, range(len(collection))), 1):
+        for done, fault in enumerate(pool.map(lambda i: _fault(collection, i), range(len(collection))), 1):
             faults += [fault] * (fault is not None)
             if progress:
                 progress(done, len(collection))
@@ -372,8 +375,8 @@ def describe(
     collection: OpenCollection,
 ) -> list[str]:  # lines
     "Counts of a set in words."
-    known = {group for group in collection.groups if group}
-    lines = [f"{len(collection):,} {collection.kind}" + (f" of {len(known):,} {_plural(collection.record.group)}" if known else ""),
+    known = len(set(collection.groups) - {""})
+    lines = [f"{len(collection):,} {collection.kind}" + (f" of {known:,} {_plural(collection.record.group)}" if known else ""),
              "classes: " + ", ".join(f"{name} {n:,}" for name, n in collection.counts().items())]
     lines += [*_counted("sites", collection.sites), *_counted("published sides", collection.official)]
     if {"train", "test"} <= set(collection.official):
