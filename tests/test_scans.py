@@ -568,16 +568,16 @@ def test_damaged_files_give_a_scan_or_a_sentence(small_files, tmp_path):
 @pytest.mark.timeout(30)
 def test_a_decoder_that_dies_or_hangs_gives_a_sentence(tmp_path, monkeypatch):
     "The compiled decoders live in a child; this process outlives it."
-    from hkust_demos.data import scans
+    from hkust_demos.data import decoder
     path = find("MR_small_jpeg_ls_lossless.dcm")
     read_scan(path)
-    child = scans._DECODER.process
+    child = decoder.DECODER.process
     os.kill(child.pid, signal.SIGSTOP)
-    monkeypatch.setattr(scans, "_DECODE_S", 0.3)
+    monkeypatch.setattr(decoder, "DECODE_S", 0.3)
     refused(path, "no decoder here could read")
     monkeypatch.undo()
-    assert child.poll() is not None and read_scan(path).array.shape == (64, 64) and scans._DECODER.process is not child
-    scans._DECODER.process.kill()
+    assert child.poll() is not None and read_scan(path).array.shape == (64, 64) and decoder.DECODER.process is not child
+    decoder.DECODER.process.kill()
     outcome(path)  # the death is noticed now or at the next scan
     assert read_scan(path).array.shape == (64, 64)
 
