@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['folder_members', 'zip_members']
 
-# %% ../../nbs/data/15_archives.ipynb #a0fe3093
+# %% ../../nbs/data/15_archives.ipynb #9fbf588f
 import re
 import stat
 import zipfile

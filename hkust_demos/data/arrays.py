@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_npz']
 
-# %% ../../nbs/data/14_arrays.ipynb #7c15d4ad
+# %% ../../nbs/data/14_arrays.ipynb #b1f7f089
 import math
 import zipfile
 
@@ -30,7 +30,7 @@ def _check_npy(file, n_bytes: int, wish: Wish, axes: tuple[int, ...] = (2, 3, 4)
     if math.prod(shape) * kind.itemsize > n_bytes:
         raise EOFError
 
-# %% ../../nbs/data/14_arrays.ipynb #a516f542
+# %% ../../nbs/data/14_arrays.ipynb #9d05dd44
 _FACTS = {"spacing.npy": (1,), "affine.npy": (2,)}
 _UNREAD = ("voxel_size", "voxelsize", "voxel_spacing", "pixel_spacing", "pixdim", "resolution", "origin", "direction", "units")
 
@@ -54,7 +54,7 @@ def _image_of(infos: list[zipfile.ZipInfo]) -> zipfile.ZipInfo:
         raise ScanError(f"holds {len(images)} arrays; save one, or call it image")
     return named[0]
 
-# %% ../../nbs/data/14_arrays.ipynb #9d05dd44
+# %% ../../nbs/data/14_arrays.ipynb #d66f6af5
 def _geometry(archive: zipfile.ZipFile, infos: list[zipfile.ZipInfo], wish: Wish, n_axes: int) -> np.ndarray | None:
     "The affine of the image, index -> mm, if the archive tells."
     facts = {i.filename: _array(archive, i, wish, _FACTS[i.filename]).astype(float) for i in infos if i.filename in _FACTS}
@@ -71,7 +71,7 @@ def _geometry(archive: zipfile.ZipFile, infos: list[zipfile.ZipInfo], wish: Wish
         raise ScanError(f"holds {len(spacing)} values of spacing for {n_axes} axes; give one for each axis, above 0")
     return np.diag([*spacing, *[1.0] * (4 - n_axes)])
 
-# %% ../../nbs/data/14_arrays.ipynb #8a3a775b
+# %% ../../nbs/data/14_arrays.ipynb #738077b3
 def _is_color(array: np.ndarray) -> bool:
     "True for a photograph: bytes, and three or four of them a pixel."
     return array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (3, 4) and min(array.shape[:2]) >= 16

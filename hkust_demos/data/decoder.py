@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAGS', 'DECODE_S', 'DECODER', 'read_tags', 'check_frames', 'serve_decoder', 'decoded']
 
-# %% ../../nbs/data/16_decoder.ipynb #0e5b2991
+# %% ../../nbs/data/16_decoder.ipynb #00697aeb
 import atexit
 import io
 import math
@@ -136,7 +136,7 @@ def _ask(process: subprocess.Popen, data: bytes, index: int | None) -> np.ndarra
         raise RuntimeError("the decoder ended")
     return np.load(io.BytesIO(answer), allow_pickle=False)
 
-
+# %% ../../nbs/data/16_decoder.ipynb #bff37299
 def serve_decoder() -> None:
     "The child: decode files from standard input until it ends. An error ends the child, which is answer enough."
     from pydicom.pixels import pixel_array

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODALITIES', 'MEASURED', 'PHYSICAL', 'RADIOGRAPHS', 'FLOOR', 'Header', 'header_of', 'class_name', 'read_dicom']
 
-# %% ../../nbs/data/18_dicom.ipynb #8eef6770
+# %% ../../nbs/data/18_dicom.ipynb #f57f62d5
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from .grid import Scan, flat_scan, luminance, noted, volume_scan
 from .limits import ACCEPTED, MAX_MEMBERS, ScanError, Wish, chosen
 from .slices import Plane, affine_of, depths_of, find_value, plane_of, stack_of
 
-# %% ../../nbs/data/18_dicom.ipynb #f57f62d5
+# %% ../../nbs/data/18_dicom.ipynb #39946462
 MODALITIES = set("CT MR PT NM RTDOSE CR DX MG US XA RF OT SC SEG IO PX ES GM OP OPT SM XC BI IVUS IVOCT DG TG MS".split())
 MEASURED = {"CT", "MR", "PT", "NM", "RTDOSE"}  # these keep their own units
 PHYSICAL = {"CT", "PT", "RTDOSE"}  # and these mean the same however they are displayed
@@ -53,7 +53,7 @@ def class_name(header: Header) -> str:
     uid = header.dataset.get("SOPClassUID") or header.dataset.file_meta.get("MediaStorageSOPClassUID")
     return UID_dictionary.get(str(uid), ("an unnamed object",))[0]
 
-# %% ../../nbs/data/18_dicom.ipynb #2faab5e3
+# %% ../../nbs/data/18_dicom.ipynb #db2b9eed
 def _table(item) -> np.ndarray:
     "The entries of a lookup table, whichever way they were stored."
     data = item.get("LUTData")
@@ -72,7 +72,7 @@ def _check_meaning(header: Header) -> None:
     if any(len(table) > 1 and table[0] > table[-1] for table in tables):
         raise ScanError("is shown through a VOI LUT that turns dark and bright round; export it as it is shown, as PNG for example")
 
-# %% ../../nbs/data/18_dicom.ipynb #db2b9eed
+# %% ../../nbs/data/18_dicom.ipynb #31a0eb49
 def _padding_ends(dataset, kind: np.dtype) -> tuple[float, float] | None:
     "Smallest and largest padding value of a file, as its pixels are stored."
     start = {"f4": "Float", "f8": "DoubleFloat"}.get(kind.str[1:], "")
@@ -92,7 +92,7 @@ def _padded(dataset, stored: np.ndarray) -> np.ndarray | None:
     mask = None if ends is None else (stored >= ends[0]) & (stored <= ends[1])
     return mask if mask is not None and mask.any() else None
 
-# %% ../../nbs/data/18_dicom.ipynb #97e331f3
+# %% ../../nbs/data/18_dicom.ipynb #a6b29580
 def _filled(array: np.ndarray) -> tuple[np.ndarray, str]:
     "Padding, which is NaN here, replaced by the darkest measured value; and a note."
     is_padding = np.isnan(array)
@@ -109,7 +109,7 @@ def _palette_colors(dataset, pixels: np.ndarray) -> np.ndarray:
             dataset[name].value = np.frombuffer(dataset[name].value, ">u2").astype("<u2").tobytes()
     return apply_color_lut(pixels, dataset)
 
-
+# %% ../../nbs/data/18_dicom.ipynb #c7b72590
 def _stored(header: Header, wish: Wish, index: int | None = None):
     "Dataset, decoded pixels, and the top value if they were colors that are gray now."
     dataset = read_tags(header.data, wish, pixels=True)
@@ -125,11 +125,8 @@ def _stored(header: Header, wish: Wish, index: int | None = None):
         raise ScanError(f"holds {n_samples} numbers a pixel; give gray, or red, green and blue")
     return dataset, luminance(pixels) if n_samples == 3 else pixels, 2.0 ** int(dataset.BitsStored) - 1 if n_samples == 3 else None
 
-# %% ../../nbs/data/18_dicom.ipynb #56e9b10f
-_VALUE_TAGS = ("PixelRepresentation", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "RealWorldValueMappingSequence")
-
-
-def _plain_image(dataset, stored: np.ndarray, frame: int):
+# %% ../../nbs/data/18_dicom.ipynb #edaf201c
+def _plain_image(facts: dict, stored: np.ndarray):
     "One frame with the tags of its values, as highdicom's Image."
     from highdicom import Image
     from pydicom.dataset import Dataset, FileMetaDataset
@@ -137,18 +134,15 @@ def _plain_image(dataset, stored: np.ndarray, frame: int):
     plain = Dataset()
     plain.file_meta, plain.SOPClassUID = FileMetaDataset(), SecondaryCaptureImageStorage
     plain.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    for name in _VALUE_TAGS:
-        group = "" if name.endswith("Sequence") else "PixelValueTransformationSequence"
-        value = _map_of(dataset, frame) if name.startswith("Real") else find_value(dataset, frame, group, name)
-        if value is not None:
-            setattr(plain, name, value)
+    for name, value in facts.items():
+        setattr(plain, name, value)
     bits, little = 8 * stored.dtype.itemsize, stored.astype(stored.dtype.newbyteorder("<"))
     plain.Rows, plain.Columns, plain.SamplesPerPixel, plain.PhotometricInterpretation = *stored.shape, 1, "MONOCHROME2"
     plain.BitsAllocated, plain.BitsStored, plain.HighBit, plain.PixelRepresentation = bits, bits, bits - 1, int(stored.dtype.kind == "i")
     plain.PixelData = little.tobytes() + b"\0" * (little.nbytes % 2)
     return Image.from_dataset(plain, copy=False)
 
-# %% ../../nbs/data/18_dicom.ipynb #c7b72590
+# %% ../../nbs/data/18_dicom.ipynb #cc38b7a7
 def _map_of(dataset, frame: int):
     "The real-world value maps of one frame, or of the file."
     groups = (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0))
@@ -156,16 +150,22 @@ def _map_of(dataset, frame: int):
     return next((found for item in (*items, dataset) if (found := item.get("RealWorldValueMappingSequence"))), None)
 
 
+def _facts(dataset, frame: int) -> dict:
+    "The tags that turn stored numbers of a frame into values."
+    own = {name: find_value(dataset, frame, "PixelValueTransformationSequence", name) for name in ("RescaleSlope", "RescaleIntercept")}
+    own["ModalityLUTSequence"] = dataset.get("ModalityLUTSequence") or None
+    own = {name: value for name, value in own.items() if value is not None}
+    return own or {name: value for name, value in (("RealWorldValueMappingSequence", _map_of(dataset, frame)),) if value}
+
+# %% ../../nbs/data/18_dicom.ipynb #b2f6ebf1
 def _rescaled(dataset, stored: np.ndarray, frame: int) -> np.ndarray:
     "Stored gray as values, by the file's own table, slope or map."
-    scaling = dataset.get("DoseGridScaling")
-    if stored.dtype.kind == "f" or scaling:
+    scaling, facts = dataset.get("DoseGridScaling"), _facts(dataset, frame)
+    if stored.dtype.kind == "f" or scaling or not facts:
         return stored.astype(np.float32) * np.float32(scaling or 1)
-    image = _plain_image(dataset, stored, frame)
-    has_own = any(name in image for name in ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"))
-    return image.get_frame(1, dtype=np.float32, apply_real_world_transform=False if has_own else None, apply_presentation_lut=False)
+    return _plain_image(facts, stored).get_frame(1, dtype=np.float32, apply_presentation_lut=False)
 
-# %% ../../nbs/data/18_dicom.ipynb #edaf201c
+# %% ../../nbs/data/18_dicom.ipynb #91834378
 def _stored_ends(dataset, pixels: np.ndarray) -> np.ndarray:  # (1, 2)
     "The range that stored values can take."
     if pixels.dtype.kind == "f":
@@ -182,7 +182,7 @@ def _is_negative(dataset) -> bool:
         raise ScanError("says that large numbers are dark (MONOCHROME1) and that they are bright (PresentationLUTShape IDENTITY); export it as PNG")
     return dataset.PhotometricInterpretation == "MONOCHROME1" or shape == "INVERSE"
 
-# %% ../../nbs/data/18_dicom.ipynb #cc38b7a7
+# %% ../../nbs/data/18_dicom.ipynb #aab057fc
 FLOOR = -1024.0  # HU; below it there is nothing to measure
 
 
@@ -193,7 +193,7 @@ def _with_smeared(dataset, values: np.ndarray, mask: np.ndarray | None, kind: np
         return mask
     return values < FLOOR if mask is None else mask | (values < FLOOR)
 
-# %% ../../nbs/data/18_dicom.ipynb #b2f6ebf1
+# %% ../../nbs/data/18_dicom.ipynb #5f275e29
 def _ends(dataset, pixels: np.ndarray, frame: int) -> tuple[float, float]:
     "The range that values can take."
     table = dataset.get("ModalityLUTSequence")
@@ -202,7 +202,7 @@ def _ends(dataset, pixels: np.ndarray, frame: int) -> tuple[float, float]:
     ends = _rescaled(dataset, _stored_ends(dataset, pixels), frame)
     return float(ends.min()), float(ends.max())
 
-
+# %% ../../nbs/data/18_dicom.ipynb #b737aaa8
 def _values(header: Header, dataset, pixels: np.ndarray, top: float | None, frame: int) -> np.ndarray:
     "One frame in its units, padding as NaN: measured modalities keep theirs, all others get [0, 1]."
     mask = None if top else _padded(dataset, pixels)
@@ -218,7 +218,7 @@ def _values(header: Header, dataset, pixels: np.ndarray, top: float | None, fram
         values = values if is_measured else np.clip((values - np.float32(low)) / np.float32((high - low) or 1), 0, 1)
     return values if mask is None else np.where(mask, np.float32(np.nan), values)
 
-# %% ../../nbs/data/18_dicom.ipynb #aab057fc
+# %% ../../nbs/data/18_dicom.ipynb #211b6e55
 def _warnings(header: Header) -> list[str]:
     "Sentences on what a file leaves open."
     dataset, found = header.dataset, []
@@ -266,7 +266,7 @@ def _read_single(header: Header, wish: Wish) -> Scan:
         return _stacked(header, planes, frames, f"DICOM file with {n} frames")
     return _flat(header, wish, chosen(wish.frame, n))
 
-
+# %% ../../nbs/data/18_dicom.ipynb #45a75adc
 def _flat(header: Header, wish: Wish, frame: int) -> Scan:
     "One frame of a file as a picture."
     n, plane = header.n_frames, plane_of(header.dataset, frame)

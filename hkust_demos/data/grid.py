@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLAT', 'Grid', 'Scan', 'noted', 'luminance', 'unit_gray', 'check_finite', 'flat_scan', 'volume_scan']
 
-# %% ../../nbs/data/11_grid.ipynb #dd3f6f00
+# %% ../../nbs/data/11_grid.ipynb #4c1126ed
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from .limits import ScanError
 
-# %% ../../nbs/data/11_grid.ipynb #4c1126ed
+# %% ../../nbs/data/11_grid.ipynb #aadea393
 @dataclass(frozen=True)
 class Grid:
     "The voxels of the input, so that a result can go back there."
@@ -37,7 +37,7 @@ class Scan:
         spacing = "spacing unknown" if self.spacing is None else " x ".join(f"{s:.3g}" for s in self.spacing) + " mm"
         return f"Scan({self.modality}, {size}, {spacing}, {self.source!r})"
 
-# %% ../../nbs/data/11_grid.ipynb #1839ea73
+# %% ../../nbs/data/11_grid.ipynb #c628e236
 def noted(
     scan: Scan,
     note: str = "",  # goes behind the source
@@ -73,7 +73,7 @@ def check_finite(array: np.ndarray) -> None:
     if not np.isfinite(array).all():
         raise ScanError("holds values that are not finite (NaN or infinity); replace them and save it again")
 
-# %% ../../nbs/data/11_grid.ipynb #761b2d9a
+# %% ../../nbs/data/11_grid.ipynb #72445110
 FLAT = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's left and back to RAS+; (column, row, slice) of an axial slice
 
 

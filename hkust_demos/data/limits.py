@@ -38,7 +38,7 @@ _SENTENCES = {
 }
 _DAMAGED = f"is damaged, cut short or not what it seems; {ACCEPTED}"
 
-
+# %% ../../nbs/data/10_limits.ipynb #4145ded5
 def guarded(name: str, function: Callable, *args, otherwise: str = _DAMAGED):
     "Call a reader or writer; whatever a library raises becomes a ScanError with a sentence."
     try:
@@ -153,7 +153,7 @@ def kind_of(data: bytes) -> str:  # "dicom", "nifti", "pair", "zip", "gzip", "pi
         return "pair"
     return next((kind for kind, starts in _MAGIC.items() if data.startswith(starts)), "unknown")
 
-# %% ../../nbs/data/10_limits.ipynb #59288c14
+# %% ../../nbs/data/10_limits.ipynb #b9ba2171
 def foreign_name(data: bytes) -> str:  # "a WebP picture or a film", ...
     "What a file of no accepted kind is, as far as its first bytes tell."
     if data[4:8] == b"ftyp":

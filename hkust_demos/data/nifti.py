@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['nifti_claim', 'read_nifti', 'nifti_bytes']
 
-# %% ../../nbs/data/13_nifti.ipynb #c77e1164
+# %% ../../nbs/data/13_nifti.ipynb #86a0174a
 import gzip
 import math
 
@@ -31,7 +31,7 @@ def nifti_claim(start: bytes, wish: Wish) -> tuple[tuple[int, ...], int]:
     wish.check_bytes(n_bytes, "claims")
     return shape, n_bytes
 
-# %% ../../nbs/data/13_nifti.ipynb #8f169278
+# %% ../../nbs/data/13_nifti.ipynb #3d5908b2
 _TO_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 1e-3}  # by the code of the header: unknown, meter, mm, micrometer
 
 
@@ -49,7 +49,7 @@ def _differs(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> bool
     size = np.linalg.norm(one[:3, :3], axis=0).min()
     return bool(np.abs((one - other) @ corners.T).max() > 0.5 * size)
 
-# %% ../../nbs/data/13_nifti.ipynb #3d5908b2
+# %% ../../nbs/data/13_nifti.ipynb #7e79b346
 _LABELS = 1002  # intent code of a map of labels
 
 
@@ -69,7 +69,7 @@ def _warnings(header, shape: tuple[int, ...], affine: np.ndarray) -> list[str]: 
         found.append(f"Its voxels measure {' x '.join(f'{size:.3g}' for size in sizes)} mm; is the unit of its header right?")
     return found
 
-# %% ../../nbs/data/13_nifti.ipynb #7e79b346
+# %% ../../nbs/data/13_nifti.ipynb #0df614a3
 def read_nifti(data: bytes, wish: Wish) -> Scan:
     "NIfTI-1 or NIfTI-2 in one file."
     from nibabel import Nifti1Image, Nifti2Image

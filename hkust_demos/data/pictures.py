@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['open_picture', 'read_picture', 'png_bytes']
 
-# %% ../../nbs/data/12_pictures.ipynb #01a06a01
+# %% ../../nbs/data/12_pictures.ipynb #0609d035
 import io
 import warnings
 
@@ -14,7 +14,7 @@ import numpy as np
 from .grid import Scan, flat_scan, luminance, unit_gray
 from .limits import ScanError, Wish, chosen
 
-# %% ../../nbs/data/12_pictures.ipynb #69bc2f01
+# %% ../../nbs/data/12_pictures.ipynb #d7814b1b
 def _open(data: bytes, wish: Wish):
     "A Pillow image of the wanted page, not yet decoded; its size is within the limits."
     from PIL import Image
@@ -33,7 +33,7 @@ def _open(data: bytes, wish: Wish):
     wish.check_pixels((image.height, image.width))
     return image
 
-# %% ../../nbs/data/12_pictures.ipynb #d7814b1b
+# %% ../../nbs/data/12_pictures.ipynb #1aaf250d
 def open_picture(data: bytes, wish: Wish):  # format, Pillow image
     "The wanted page, upright."
     from PIL import ImageOps
@@ -45,7 +45,7 @@ def _format(image) -> str:
     "The format in words."
     return f"JPEG, first of {image.n_frames} pictures" if image.format == "MPO" and not image.tell() else image.format.replace("MPO", "JPEG")
 
-# %% ../../nbs/data/12_pictures.ipynb #88c577fc
+# %% ../../nbs/data/12_pictures.ipynb #70c069fc
 _WHITE_IS_ZERO, _PHOTOMETRIC, _SAMPLE_FORMAT, _BITS = 0, 262, 339, 258
 
 
@@ -65,7 +65,7 @@ def _tag(image, number: int) -> int:
     value = getattr(image, "tag_v2", {}).get(number, 1)
     return value[0] if isinstance(value, tuple) else value
 
-# %% ../../nbs/data/12_pictures.ipynb #2e6c4a83
+# %% ../../nbs/data/12_pictures.ipynb #cc374a13
 def _gray_values(image) -> tuple[np.ndarray, str]:
     "Gray values in [0, 1] of a picture with one channel of many bits, and a note."
     numbers, is_negative = _numbers(image)
@@ -84,7 +84,7 @@ def _color_values(image) -> tuple[np.ndarray, str]:
     is_gray = (color == color[..., :1]).all()
     return (color[..., 0] / np.float32(255), "") if is_gray else (luminance(color) / 255, ", color turned gray")
 
-# %% ../../nbs/data/12_pictures.ipynb #cc374a13
+# %% ../../nbs/data/12_pictures.ipynb #32889e66
 def _values(image) -> tuple[np.ndarray, str]:
     "Gray values in [0, 1] of a Pillow image, and a note."
     if image.mode.startswith(("I", "F")):
@@ -96,9 +96,9 @@ def _values(image) -> tuple[np.ndarray, str]:
     gamma = image.info.get("gamma") if image.format == "PNG" else None
     if not gamma or abs(gamma * 2.2 - 1) < 0.05:
         return values, note
-    return np.clip(values, 0, 1) ** np.float32(gamma * 2.2), f"{note}, gamma {gamma:g} converted"
+    return np.clip(values, 0, 1) ** np.float32(1 / (gamma * 2.2)), f"{note}, gamma {gamma:g} converted"
 
-# %% ../../nbs/data/12_pictures.ipynb #2705a714
+# %% ../../nbs/data/12_pictures.ipynb #4078a81e
 def _pixel_shape(image) -> tuple[float, float]:  # height, width; the smaller is 1
     "The shape of a pixel of an undecoded image, before it is turned upright."
     names = ("aspect", "jfif_density", "resolution", "dpi")  # a ratio is better than a unit
@@ -109,7 +109,7 @@ def _pixel_shape(image) -> tuple[float, float]:  # height, width; the smaller is
     shape = (max(across / down, 1.0), max(down / across, 1.0))
     return shape[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else shape
 
-# %% ../../nbs/data/12_pictures.ipynb #4078a81e
+# %% ../../nbs/data/12_pictures.ipynb #b612709c
 def read_picture(data: bytes, wish: Wish) -> Scan:
     "PNG, JPEG or TIFF."
     from PIL import ImageOps

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_value', 'numbers_of', 'Plane', 'plane_of', 'affine_of', 'depths_of', 'stack_of']
 
-# %% ../../nbs/data/17_slices.ipynb #3546df6a
+# %% ../../nbs/data/17_slices.ipynb #ab33c229
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ import numpy as np
 from .grid import FLAT
 from .limits import ScanError
 
-# %% ../../nbs/data/17_slices.ipynb #ab33c229
+# %% ../../nbs/data/17_slices.ipynb #84a3d444
 def find_value(dataset, frame: int, group: str, name: str):
     "A value of one frame: from its own functional group, the shared one, or the file."
     for sequence, place in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
@@ -30,7 +30,7 @@ def numbers_of(value, n: int) -> np.ndarray | None:
     values = [] if value is None or isinstance(value, (str, float, int)) else [float(v) for v in value if v is not None]
     return np.array(values) if len(values) == n and np.isfinite(values).all() else None
 
-# %% ../../nbs/data/17_slices.ipynb #1ae6aa69
+# %% ../../nbs/data/17_slices.ipynb #63c0b861
 @dataclass(frozen=True)
 class Plane:
     "The place of a slice, in DICOM's own directions (left, back, head)."
@@ -47,7 +47,7 @@ class Plane:
         "The direction in which slices follow."
         return np.cross(self.row, self.column)
 
-# %% ../../nbs/data/17_slices.ipynb #63c0b861
+# %% ../../nbs/data/17_slices.ipynb #819286f5
 def _ultrasound_spacing(dataset) -> np.ndarray | None:
     "mm between rows and columns, if every two-dimensional region of the screen says the same in centimeters."
     regions = [r for r in dataset.get("SequenceOfUltrasoundRegions") or [] if r.get("RegionSpatialFormat") == 1]
@@ -64,7 +64,7 @@ def _spacing(dataset, frame: int) -> np.ndarray | None:
              numbers_of(dataset.get("NominalScannedPixelSpacing"), 2), _ultrasound_spacing(dataset))
     return next((spacing for spacing in found if spacing is not None and spacing.min() > 0), None)
 
-# %% ../../nbs/data/17_slices.ipynb #819286f5
+# %% ../../nbs/data/17_slices.ipynb #2af5e22e
 def _position(dataset, frame: int, normal: np.ndarray) -> np.ndarray | None:
     "Where the first pixel of a frame lies."
     position = numbers_of(find_value(dataset, frame, "PlanePositionSequence", "ImagePositionPatient"), 3)
@@ -83,7 +83,7 @@ def _directions(dataset, frame: int) -> np.ndarray:  # (2, 3)
     rows = rows if np.linalg.norm(np.cross(*rows)) >= 0.5 else np.eye(3)[:2]
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
-# %% ../../nbs/data/17_slices.ipynb #fdff4553
+# %% ../../nbs/data/17_slices.ipynb #c100514b
 def plane_of(dataset, frame: int = 0) -> Plane:
     "The plane of a file or of one frame of it."
     row, column = _directions(dataset, frame)
@@ -93,7 +93,7 @@ def plane_of(dataset, frame: int = 0) -> Plane:
     shape = (1.0, 1.0) if ratio is None or ratio.min() <= 0 else tuple((ratio / ratio.min()).tolist())
     return Plane(_position(dataset, frame, np.cross(row, column)), row, column, _spacing(dataset, frame), step, None if number is None else int(number), shape)
 
-# %% ../../nbs/data/17_slices.ipynb #2af5e22e
+# %% ../../nbs/data/17_slices.ipynb #1c4ebb16
 def affine_of(first: Plane, step: np.ndarray) -> np.ndarray:  # (4, 4) (column, row, slice) -> mm, RAS+
     "The affine of a stack of slices that follow by `step`."
     affine, spacing = np.eye(4), first.shape if first.spacing is None else first.spacing
