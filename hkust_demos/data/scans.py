@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .archives import folder_members, zip_members
+from .containers import folder_members, zip_members
 from .arrays import read_npz
 from .dicom import read_dicom
 from .grid import Scan, check_finite

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .archives import zip_members
+from .containers import zip_members
 from .limits import MAX_PIXELS, ScanError, Wish, file_bytes, guarded, kind_of
 from .pictures import open_picture
 from .scans import cut_spacing, read_scan, slice_of, square_pixels, to_unit
