@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUPPORTED', 'CHILDREN', 'MODES', 'Turn', 'decoder_layers', 'fuse_norms', 'norm_gains', 'untie_embeddings',
            'RotationSpec', 'turn_heads', 'RotatedMLP', 'rotated_attention', 'RotationRecord', 'turn_stream',
-           'value_rotation', 'rotate_model', 'invariance_error']
+           'rotate_model', 'invariance_error']
 
 # %% ../../nbs/llm/20_rotation.ipynb #8cd1ea5e
 import copy
@@ -127,6 +127,15 @@ class RotationSpec:
     def title(self) -> str:
         "Such as R1+R4."
         return "+".join(name.upper() for name in ("r1", "r2", "r3", "r4") if getattr(self, name)) or "no rotation"
+
+    def value_rotation(self, head_dim: int, layer: int) -> Tensor:
+        "R2 of a block, (head_dim, head_dim) in float64."
+        return random_hadamard(head_dim, seed=_layer_seed(self.seed, layer))
+
+
+def _layer_seed(seed: int, layer: int) -> int:
+    "A seed of its own for every block."
+    return int.from_bytes(hashlib.sha256(f"{seed}/{layer}".encode()).digest()[:6], "little")
 
 # %% ../../nbs/llm/20_rotation.ipynb #ad678d83
 Turn = Callable[[Tensor], Tensor]  # rows (..., d) -> rows Q
@@ -268,28 +277,13 @@ def _check_rotatable(model: PreTrainedModel) -> None:
         if not torch.isfinite(value).all():
             raise ValueError(f"{name} holds NaN or infinite values")
 
-# %% ../../nbs/llm/20_rotation.ipynb #0d4a27e4
-def _layer_seed(seed: int, layer: int) -> int:
-    "A seed of its own for every block."
-    return int.from_bytes(hashlib.sha256(f"{seed}/{layer}".encode()).digest()[:6], "little")
-
-
-def value_rotation(
-    model: PreTrainedModel,
-    spec: RotationSpec,
-    layer: int,  # number of the block
-) -> Tensor:  # S (head_dim, head_dim), float64
-    "R2 of a block."
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return random_hadamard(head_dim, seed=_layer_seed(spec.seed, layer))
-
-
+# %% ../../nbs/llm/20_rotation.ipynb #6a462ebf
 def _rotate_blocks(model: PreTrainedModel, spec: RotationSpec) -> None:
     "R2 and R4 of every block."
+    head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
     for number, layer in enumerate(model.model.layers):
         if spec.r2:
-            _rotate_values(layer, value_rotation(model, spec, number))
+            _rotate_values(layer, spec.value_rotation(head_dim, number))
         if spec.r4:
             _rotate_mlp(layer)
 
