@@ -105,6 +105,13 @@ def _check_experts(names: Iterable[str]) -> None:
         if lacking:
             raise ValueError(f"{len(lacking)} tensors of the experts are missing, such as {lacking[0]}; copy or download the model again")
 
+# %% ../../nbs/llm/00_models.ipynb #e93a04f7
+def _check_folder(folder: Path) -> None:
+    "Everything that headers tell, before a weight is read."
+    sizes = {key: n for file in _weight_files(folder) for key, n in _tensor_sizes(file).items()}
+    _check_experts(sizes)
+    _check_memory(sum(sizes.values()), folder.name)
+
 # %% ../../nbs/llm/00_models.ipynb #841f28cc
 def _read(reader, source: str | Path, name: str, **options):
     "One `from_pretrained` call; its objections become one sentence."
@@ -194,9 +201,7 @@ def load_llm(
     if name.lower() == EMBEDDED:
         return _open(prepare(), EMBEDDED)
     if name and path.is_dir():
-        sizes = {key: n for file in _weight_files(path) for key, n in _tensor_sizes(file).items()}
-        _check_experts(sizes)
-        _check_memory(sum(sizes.values()), path.name)
+        _check_folder(path)
         return _open(path, path.name)
     if name.lower().endswith(".gguf"):
         return _open_gguf(path)
@@ -210,11 +215,16 @@ def load_demo_lm() -> tuple[PreTrainedModel, object]:  # (model, tokenizer)
     return load_llm(EMBEDDED)
 
 # %% ../../nbs/llm/00_models.ipynb #60f5033d
-def _gguf_parts(path: Path) -> int:
-    "How many files the model of a GGUF is spread over."
+def _check_parts(path: Path) -> None:
+    "Refuse a GGUF that is one of several parts, or whose header cannot be read."
     from gguf import GGUFReader
-    field = GGUFReader(path).get_field("split.count")
-    return 1 if field is None else int(field.contents())
+    try:
+        field = GGUFReader(path).get_field("split.count")
+        n_parts = 1 if field is None else int(field.contents())
+    except Exception as error:  # a damaged header can break the reader anywhere
+        raise ValueError(f"{path.name}: the header of this GGUF cannot be read ({str(error)[:80]}); copy or download it again") from error
+    if n_parts > 1:
+        raise ValueError(f"{path.name} is one of {n_parts} parts of a model; join them with `llama-gguf-split --merge` and give the joined file")
 
 # %% ../../nbs/llm/00_models.ipynb #dc6b4a7e
 def _open_gguf(path: Path) -> tuple[PreTrainedModel, object]:
@@ -225,12 +235,7 @@ def _open_gguf(path: Path) -> tuple[PreTrainedModel, object]:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path.name} is not a GGUF file (its first four bytes are not 'GGUF')")
     _check_memory(2 * path.stat().st_size, path.name)
-    try:
-        n_parts = _gguf_parts(path)
-    except Exception as error:  # a damaged header can break the reader anywhere
-        raise ValueError(f"{path.name}: the header of this GGUF cannot be read ({str(error)[:80]}); copy or download it again") from error
-    if n_parts > 1:
-        raise ValueError(f"{path.name} is one of {n_parts} parts of a model; join them with `llama-gguf-split --merge` and give the joined file")
+    _check_parts(path)
     try:
         model, tokenizer = _open(path.parent, path.name, gguf_file=path.name)
     except Exception as error:  # a damaged file can break the reader anywhere
