@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from .class_folders import Layout, LayoutError, folder_names, is_leftover, understand, zip_names
-from .scans import (MAX_PIXELS, ScanError, _file_bytes, _guarded, _kind, _Wish, _zip_members, read_scan,
-                                    slice_of, to_unit)
+from .containers import zip_members
+from .limits import MAX_PIXELS, ScanError, Wish, file_bytes, guarded, kind_of
+from .scans import cut_spacing, read_scan, slice_of, square_pixels, to_unit
 
 # %% ../../nbs/data/05_skin.ipynb #1f5693e9
 CLASSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC")
@@ -280,11 +281,11 @@ _STARTS = (b"BM", b"GIF8")
 
 def _is_picture(data: bytes) -> bool:
     "True for the kinds of pictures that Pillow is asked to open."
-    kind = _kind(data)
+    kind = kind_of(data)
     return kind == "picture" or (kind == "unknown" and (data.startswith(_STARTS) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")))
 
 # %% ../../nbs/data/05_skin.ipynb #b79ddfee
-def _open_color(data: bytes, wish: _Wish):
+def _open_color(data: bytes, wish: Wish):
     "A Pillow image, upright; its size was checked before its pixels were read."
     from PIL import Image, ImageOps
     warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -295,13 +296,13 @@ def _open_color(data: bytes, wish: _Wish):
     return ImageOps.exif_transpose(image)
 
 
-def _decode(data: bytes, wish: _Wish, size: int) -> tuple[Tensor, str]:
+def _decode(data: bytes, wish: Wish, size: int) -> tuple[Tensor, str]:
     "A picture from its bytes."
     if not _is_picture(data):
         raise ScanError(f"is no {KINDS}; save it as one of these")
     return _square(_open_color(data, wish), size)
 
-# %% ../../nbs/data/05_skin.ipynb #6d7d22ab
+# %% ../../nbs/data/05_skin.ipynb #68acd1e0
 def read_color(
     path: str | Path,  # PNG, JPEG, TIFF, BMP, WebP, GIF; or anything that `read_scan` takes, with a note
     *,
@@ -309,13 +310,14 @@ def read_color(
     max_mb: float = 50,
 ) -> tuple[Tensor, str]:  # (3, size, size) in [0, 1], and a note, empty if there is nothing to say
     "One picture, square and small, or a ScanError whose sentence names the file."
-    path, wish = Path(path), _Wish(int(max_mb * 1e6), MAX_PIXELS, None, None)
-    data = _guarded(path.name, _file_bytes, path, wish)
+    path, wish = Path(path), Wish(int(max_mb * 1e6), MAX_PIXELS, None, None)
+    data = guarded(path.name, file_bytes, path, wish)
     if _is_picture(data):
-        return _guarded(path.name, _decode, data, wish, size)
+        return guarded(path.name, _decode, data, wish, size)
     from PIL import Image
-    scan = slice_of(read_scan(path, max_mb=max_mb))
-    picture, _ = _square(Image.fromarray(np.uint8(255 * to_unit(scan))), size)
+    scan = read_scan(path, max_mb=max_mb)
+    gray = to_unit(square_pixels(slice_of(scan), cut_spacing(scan)))
+    picture, _ = _square(Image.fromarray(np.uint8(255 * gray)), size)
     return picture, "a scan, not a photograph of skin: its gray values were copied into three colors"
 
 # %% ../../nbs/data/05_skin.ipynb #058dfccd
@@ -325,19 +327,19 @@ _PICTURE = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", "
 _OTHER = (".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".dcm", ".dicom", ".svs", ".ndpi")
 
 
-def _zip_files(path: Path, wish: _Wish) -> tuple[list[tuple[str, object]], str]:
+def _zip_files(path: Path, wish: Wish) -> tuple[list[tuple[str, object]], str]:
     "Names and readers of the files of a zip, and a note on the names."
-    archive = zipfile.ZipFile(io.BytesIO(_file_bytes(path, wish)))
-    infos = _zip_members(archive, wish)
+    archive = zipfile.ZipFile(io.BytesIO(file_bytes(path, wish)))
+    infos = zip_members(archive, wish)
     names, note = zip_names(infos)
     return [(name, lambda info=info: archive.read(info)) for name, info in zip(names, infos) if not is_leftover(name)], note
 
 
-def _folder_files(path: Path, wish: _Wish) -> tuple[list[tuple[str, object]], str]:
+def _folder_files(path: Path, wish: Wish) -> tuple[list[tuple[str, object]], str]:
     "Names and readers of the files below a folder, and a note on the names."
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.is_symlink()]
     names, note = folder_names([file.relative_to(path).as_posix() for file in files])
-    return [(name, lambda file=file: _file_bytes(file, wish)) for name, file in zip(names, files) if not is_leftover(name)], note
+    return [(name, lambda file=file: file_bytes(file, wish)) for name, file in zip(names, files) if not is_leftover(name)], note
 
 # %% ../../nbs/data/05_skin.ipynb #fd2c6c4c
 def _understood(files: Sequence[tuple[str, object]]) -> tuple[list[tuple[str, object]], Layout, list[str]]:
@@ -354,8 +356,8 @@ def _understood(files: Sequence[tuple[str, object]]) -> tuple[list[tuple[str, ob
     return pictures, layout, [f"{len(skipped)} files that are no pictures were skipped ({endings})"] * bool(skipped)
 
 
-# %% ../../nbs/data/05_skin.ipynb #ebb505ee
-def _collect(path: Path, wish: _Wish, size: int) -> tuple[list[Tensor], Layout, list[str]]:
+# %% ../../nbs/data/05_skin.ipynb #f38ae7c4
+def _collect(path: Path, wish: Wish, size: int) -> tuple[list[Tensor], Layout, list[str]]:
     "Pictures, their layout, and notes."
     files, note = (_folder_files if path.is_dir() else _zip_files)(path, wish)
     try:
@@ -364,7 +366,7 @@ def _collect(path: Path, wish: _Wish, size: int) -> tuple[list[Tensor], Layout, 
         raise ScanError(str(error)) from error
     _check_classes(layout)
     kept = [file for file, name in zip(files, layout.classes) if name is not None]
-    found = [_guarded(f"{path.name}, {name[-60:]}", _decode, read(), wish, size) for name, read in kept]
+    found = [guarded(f"{path.name}, {name[-60:]}", _decode, read(), wish, size) for name, read in kept]
     n_gray = sum(bool(words) for _, words in found)
     notes = [note] * bool(note) + [*layout.notes] + notes + [f"{n_gray} gray pictures were copied into three colors"] * bool(n_gray)
     return [picture for picture, _ in found], layout, notes
@@ -377,7 +379,7 @@ def _check_classes(layout: Layout) -> None:
         raise ScanError(f"holds {len(names)} classes ({', '.join(names[:3])}{', ...' * (len(names) > 3)}); 2 to {MAX_CLASSES} are needed, "
                         f"one folder of {KINDS} each")
 
-# %% ../../nbs/data/05_skin.ipynb #f38ae7c4
+# %% ../../nbs/data/05_skin.ipynb #bd59b0b5
 def read_labelled(
     path: str | Path,  # a zip or a folder of CLASS/picture.png
     *,
@@ -385,8 +387,8 @@ def read_labelled(
     max_mb: float = 200,  # of the archive, also after unpacking, and of any one picture
 ) -> tuple[ImageSet, list[str]]:  # the set, and notes for its owner
     "Labelled folders of pictures, or a ScanError whose sentence says what is wrong."
-    path, wish = Path(path), _Wish(int(max_mb * 1e6), MAX_PIXELS, None, None)
-    images, layout, notes = _guarded(path.name, _collect, path, wish, size,
+    path, wish = Path(path), Wish(int(max_mb * 1e6), MAX_PIXELS, None, None)
+    images, layout, notes = guarded(path.name, _collect, path, wish, size,
                                      otherwise="is no readable zip or folder of labelled pictures; give CLASS/picture.png")
     rows = [row for row in zip(layout.classes, layout.groups, layout.parts) if row[0] is not None]
     classes, groups, parts = zip(*rows)
@@ -549,6 +551,6 @@ class IchFolder(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         scan = read_scan(self.root / "stage_2_train" / f"{self.images[index]}.dcm")
-        picture = torch.from_numpy(to_unit(slice_of(scan), *self.window).copy())[None, None]
+        picture = torch.from_numpy(to_unit(square_pixels(slice_of(scan), cut_spacing(scan)), *self.window).copy())[None, None]
         small = torch.nn.functional.interpolate(picture, (self.size, self.size), mode="bilinear", antialias=True)
         return small[0].clamp(0, 1), int(self.labels[index])
