@@ -62,8 +62,9 @@ test-slow: $(INSTALLED_DEV)  ## what takes minutes and real processes: the feder
 
 install: $(INSTALLED_DEV)  ## create .venv with everything, start nothing
 
-lab: $(INSTALLED_DEV)  ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab --notebook-dir=nbs
+# tools/jupyter holds settings that JupyterLab reads beside your own: no box that asks about news, no request for updates.
+lab: $(INSTALLED_DEV)  ## open the notebooks in JupyterLab, the front page first
+	JUPYTER_CONFIG_PATH="$(CURDIR)/tools/jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" $(BIN)/jupyter lab --notebook-dir=nbs --LabApp.default_url=/lab/tree/index.ipynb
 
 nbs: $(INSTALLED_DEV)  ## export the library, run every notebook and store its outputs, rebuild README.md
 	$(BIN)/nbdev_export
