@@ -49,13 +49,15 @@ demo: $(INSTALLED)  ## install what is missing and open all demos at http://127.
 	@echo "Opening the hub at http://$(HOST):$(PORT) (stop it with Ctrl-C)"
 	@$(BIN)/hkust-demos demo --host $(HOST) --port $(PORT)
 
-test: $(INSTALLED_DEV) browser  ## everything CI checks: library == notebooks, style, notebooks, pytest
+test: $(INSTALLED_DEV) browser  ## everything CI checks: library == notebooks, style, notebooks (nbdev_test), pytest; the time budget
 	$(BIN)/python tools/check_export.py
 	$(BIN)/python tools/check_style.py
 	$(BIN)/python tools/run_notebooks.py --check
 	$(BIN)/python tools/build_readme.py --check
-	$(call limited,1800,$(BIN)/nbdev_test --n_workers 2 --timing)
+	rm -rf build/budget
+	$(call limited,1800,$(BIN)/python tools/time_budget.py notebooks)
 	$(call limited,1800,$(BIN)/python -m pytest -q tests)
+	$(BIN)/python tools/time_budget.py table
 
 test-slow: $(INSTALLED_DEV)  ## what takes minutes and real processes: the federated deployment, Ray where it is installed
 	$(call limited,3600,$(BIN)/python -m pytest -q -m slow -rs tests)
