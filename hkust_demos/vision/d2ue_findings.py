@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAR', 'Finding', 'examine', 'examine_scan', 'truth_report', 'write_findings']
 
-# %% ../../nbs/vision/14_d2ue_findings.ipynb #cf8883aa
+# %% ../../nbs/vision/14_d2ue_findings.ipynb #fc33d7c9
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..data.scans import Scan, slice_of, write_scan
 from .d2ue_ensembles import SCORES, Ensemble
-from .detection import detection_report, image_scores
+from .detection import auroc, image_scores
 from .frames import SIZE, Frame, from_learner, to_learner
 from .uncertainty import UncertaintyMaps, dual_space_uncertainty
 
@@ -116,8 +116,7 @@ def truth_report(
     "How well a map finds a known region; the threshold comes from healthy slices."
     values = from_learner(finding.map(score), finding.frame)
     found = values > finding.threshold(score, quantile)
-    auroc = detection_report(None, None, values[None], mask[None])["pixel_auroc"]
-    return {"pixel_auroc": auroc, "dice": float(2 * (found & mask).sum() / max(found.sum() + mask.sum(), 1))}
+    return {"pixel_auroc": auroc(values, mask), "dice": float(2 * (found & mask).sum() / max(found.sum() + mask.sum(), 1))}
 
 # %% ../../nbs/vision/14_d2ue_findings.ipynb #346810d9
 def write_findings(
