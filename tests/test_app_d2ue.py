@@ -15,7 +15,7 @@ from PIL import Image
 
 from hkust_demos.data.phantoms import mni_slices
 
-CHOICES = dict(source="paint a lesion", upload=None, index=-1, frame=None, seed=7, kind="hyper", row=26, column=38, radius=5, contrast=0.3,
+CHOICES = dict(source="insert a lesion", upload=None, index=-1, frame=None, seed=7, kind="hyper", row=52, column=76, radius=10, contrast=0.3,
                ensemble="pushed apart (RAR)", n_learners=3, score="dual-space uncertainty (D2UE)", quantile=0.99, opacity=0.6)
 
 
@@ -43,7 +43,7 @@ def slice_file(tmp_path):
 
 
 def test_endpoints_have_names(client):
-    assert {"/run", "/inspect", "/maps", "/retrain", "/stop"} <= set(client.view_api(return_format="dict")["named_endpoints"])
+    assert {"/live", "/run", "/inspect", "/maps", "/retrain", "/stop"} <= set(client.view_api(return_format="dict")["named_endpoints"])
 
 
 def test_the_painted_default_returns_everything(client):
@@ -223,6 +223,6 @@ def test_a_person_trains_stops_and_trains_again_by_keyboard(hub, browser):
     page.get_by_text("3 learners trained for 1 epoch with").wait_for(timeout=60_000)
     assert page.get_by_role("radio", name="retrained on this page").is_checked()
     page.get_by_role("button", name="Examine").press("Enter")
-    page.get_by_text("Against the painted lesion").wait_for(timeout=60_000)
+    page.get_by_text("Against the inserted lesion").wait_for(timeout=60_000)
     page.close()
     assert problems == []

@@ -12,7 +12,11 @@ from hkust_demos.data.scans import Scan, read_scan, slice_of, write_scan
 from hkust_demos.vision.autoencoders import ConvAutoencoder, DenseAutoencoder, ReconstructionOutput
 from hkust_demos.vision.d2ue import (cka_matrix, detection_report, dual_space_uncertainty, image_scores, linear_cka, reconstruction_loss,
                                      repulsion_loss, train_ensemble)
-from hkust_demos.vision.d2ue_apply import (examine, examine_scan, from_learner, load_ensemble, to_learner, truth_report)
+from hkust_demos.vision.d2ue_ensembles import healthy_reference, healthy_squares, load_ensemble, retrain
+from hkust_demos.vision.d2ue_findings import examine, examine_scan, truth_report
+from hkust_demos.vision.folders import OneClassImageFolder
+from hkust_demos.vision.frames import from_learner, to_learner
+from hkust_demos.vision.lean import lean
 
 
 def signed(pictures):
@@ -259,7 +263,6 @@ def test_your_own_healthy_pictures_train_an_ensemble(tmp_path):
 @pytest.mark.parametrize("content, sentence", [({"train": ["a.png"]}, "no list"), ({"train": {"0": []}}, "no list"), ([], "no list"),
                                                ({"train": {"0": ["/etc/passwd"]}}, "bare file names")])
 def test_bad_lists_are_sentences(tmp_path, content, sentence):
-    from hkust_demos.vision.d2ue_apply import OneClassImageFolder
     (tmp_path / "images").mkdir()
     (tmp_path / "data.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=sentence):
@@ -326,8 +329,6 @@ def test_the_shipped_learners_give_the_defined_map(ensemble):
 
 
 def test_maps_leave_networks_as_they_were_and_subclasses_answer_for_themselves():
-    from hkust_demos.vision.autoencoders import lean
-
     class Own(ConvAutoencoder):
         def forward(self, image):
             return super().forward(-image)
@@ -351,8 +352,7 @@ def test_other_numbers_of_shipped_learners_have_their_own_reference(n_learners, 
 
 
 def test_three_shipped_learners_measure_what_is_stored(ensemble):
-    from hkust_demos.vision.d2ue_apply import _slices, healthy_reference
-    measured = healthy_reference(ensemble.learners, _slices(256, 1))
+    measured = healthy_reference(ensemble.learners, healthy_squares(256, 1))
     assert torch.allclose(measured["scores.dual"], ensemble.healthy_scores["dual"], rtol=1e-3)
     assert torch.allclose(measured["pixels.output_std"], ensemble.pixel_quantiles["output_std"], rtol=1e-3, atol=1e-6)
 
@@ -366,7 +366,6 @@ def test_sizes_that_do_not_exist_are_refused():
 
 
 def test_retraining_steps_and_stops():
-    from hkust_demos.vision.d2ue_apply import retrain
     steps = retrain(2, 0.5, epochs=2, seed=3)
     first, second = next(steps), next(steps)
     assert first.fraction == 0 and 0 < second.fraction < 1 and "learner 1 of 2, epoch 1 of 2" in second.message
@@ -379,7 +378,6 @@ def test_retraining_steps_and_stops():
 
 @pytest.mark.parametrize("wrong", [dict(n_learners=1), dict(repulsion=-1), dict(repulsion=float("nan")), dict(epochs=0), dict(epochs=1000)])
 def test_a_training_that_cannot_be_is_refused(wrong):
-    from hkust_demos.vision.d2ue_apply import retrain
     with pytest.raises(ValueError, match="from"):
         next(retrain(**wrong))
 
