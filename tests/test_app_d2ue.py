@@ -13,6 +13,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
+from hkust_demos.checkpoints import shipped_folder
 from hkust_demos.data.phantoms import mni_slices
 
 CHOICES = dict(source="insert a lesion", upload=None, index=-1, frame=None, seed=7, kind="hyper", row=52, column=76, radius=10, contrast=0.3,
@@ -47,11 +48,21 @@ def test_endpoints_have_names(client):
 
 
 def test_the_painted_default_returns_everything(client):
-    text, panels, learners, histogram, similar = press(client)
+    text, panels, learners, histogram, similar = client.predict(api_name="/run")  # no argument: the default example
     assert "healthy slices" in text and "pixel AUROC" in text
     assert all("plot" in picture for picture in (panels, learners, histogram, similar))
     assert json.loads(histogram["plot"])["layout"]["annotations"][0]["text"] == "this slice"
     assert np.shape(json.loads(similar["plot"])["data"][0]["z"]) == (3, 3)
+
+
+def test_a_move_of_a_knob_answers_with_tiles_and_words(client):
+    from hkust_demos.apps.d2ue import LIVE_KNOBS
+    tiles, words = client.predict(api_name="/live")
+    stored = json.loads((shipped_folder("d2ue") / "example.json").read_text())
+    assert tiles.count("<img ") == stored["tiles"].count("<img ") == 4 and words == stored["words"]
+    seen = {client.predict(**{name: value}, api_name="/live")[0] for name, values in LIVE_KNOBS.items() for value in values[:2]}
+    assert len(seen) >= 2 * len(LIVE_KNOBS) - 1  # one value of a knob may be its default
+    assert "AUROC" not in client.predict(kind="none", api_name="/live")[1]
 
 
 @pytest.mark.parametrize("changed", [dict(kind="none"), dict(kind="mass"), dict(ensemble="plain"), dict(score="reconstruction error"),
@@ -204,6 +215,23 @@ def test_trainings_that_cannot_be_are_sentences(client, settings):
         client.predict(*settings, api_name="/retrain")
     assert "from" in str(error.value) or "imum" in str(error.value)
     assert "Traceback" not in str(error.value)
+
+
+def test_the_page_opens_finished_and_without_empty_boxes(hub, browser):
+    page, problems = browser.new_page(viewport={"width": 1280, "height": 1000}), []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(f"{hub.url}/d2ue/")
+    page.locator("#finished img").first.wait_for(timeout=20_000)
+    assert page.locator("#finished img:visible").count() == 4
+    assert page.locator("#finished img").evaluate_all("pictures => pictures.every(one => one.complete && one.naturalWidth > 100)")
+    for label in ("The slice and its maps", "Among healthy slices", "Similarity", "What each learner does", "Training", "Map and report"):
+        assert page.get_by_text(label, exact=False).filter(visible=True).count() == 0, label
+    assert page.locator(".js-plotly-plot:visible, .empty:visible").count() == 0
+    before = page.locator("#finished img").first.get_attribute("src")
+    page.get_by_role("radio", name="mass").check()
+    page.wait_for_function("before => document.querySelector('#finished img').src !== before", arg=before, timeout=20_000)
+    page.close()
+    assert problems == []
 
 
 def test_a_person_trains_stops_and_trains_again_by_keyboard(hub, browser):
