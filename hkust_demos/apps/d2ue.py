@@ -233,7 +233,7 @@ def _outputs() -> list:
         archive = gr.File(label="Map and report (.zip)", height=90)
     return [text, panels, learners, histogram, similar, results, make, archive, files]
 
-# %% ../../nbs/apps/20_d2ue.ipynb #7ba0db3a
+# %% ../../nbs/apps/20_d2ue.ipynb #221f802b
 def _wire(painter, finished, scan, choices, trainer, start, outputs) -> None:
     "What each widget does."
     (settings, (status, curves, curves_box, train, stop)), (*shown, results, make, archive, files) = trainer, outputs
@@ -247,7 +247,7 @@ def _wire(painter, finished, scan, choices, trainer, start, outputs) -> None:
     _then_show(training, curves_box)
     stop.click(_stopped, None, [status], cancels=[training], api_name="stop")
 
-
+# %% ../../nbs/apps/20_d2ue.ipynb #900d938f
 def _then_show(event, box: gr.Column) -> None:
     "A box appears once there is something in it."
     event.success(lambda: gr.Column(visible=True), None, [box], api_visibility="private", show_progress="hidden")

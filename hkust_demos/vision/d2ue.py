@@ -76,8 +76,10 @@ def train_learner(
 
     def losses(rows: Tensor) -> dict[str, Tensor]:
         output = learner(images[rows])
-        return {"reconstruction": reconstruction_loss(output, images[rows]),
-                "repulsion": repulsion_loss(output.features[index], [z[rows] for z in known])}
+        return {
+            "reconstruction": reconstruction_loss(output, images[rows]),
+            "repulsion": repulsion_loss(output.features[index], [z[rows] for z in known]),
+        }
 
     yield from train_epochs(learner, losses, len(images), weights={"repulsion": repulsion}, **options)
 
@@ -85,6 +87,7 @@ def train_learner(
 @dataclass
 class EnsembleResult:
     "Trained learners and one record an epoch."
+
     learners: list[nn.Module]
     history: list[dict] = field(repr=False)  # learner, epoch, reconstruction, repulsion (mean of the epoch)
 
@@ -103,7 +106,9 @@ def train_into(
     for k in range(len(result.learners), n_learners):
         learner_seed = seed * 10_007 + k
         learner = seeded(model_fn, learner_seed).to(images.device)
-        for epoch, record in enumerate(train_learner(learner, images, result.learners, seed=learner_seed, **options)):
+        for epoch, record in enumerate(
+            train_learner(learner, images, result.learners, seed=learner_seed, **options)
+        ):
             result.history.append({"learner": k, "epoch": epoch, **record})
             yield result.history[-1]
         result.learners.append(learner.eval().requires_grad_(False))
@@ -125,8 +130,18 @@ def train_ensemble(
 ) -> EnsembleResult:
     "Train learners in sequence, each pushed away from the earlier ones."
     result, n_epochs = EnsembleResult(list(seniors), []), (n_learners - len(seniors)) * epochs
-    for record in train_into(result, images, n_learners=n_learners, repulsion=repulsion, layer=layer, epochs=epochs, batch_size=batch_size,
-                             lr=lr, seed=seed, model_fn=model_fn):
+    for record in train_into(
+        result,
+        images,
+        n_learners=n_learners,
+        repulsion=repulsion,
+        layer=layer,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        model_fn=model_fn,
+    ):
         if progress:
             progress(len(result.history), n_epochs, record)
     return result
@@ -149,7 +164,7 @@ def sensitivity(
     "How wrong a learner is, and how much each pixel matters to that."
     x = image.clone().requires_grad_()
     e = learner(x).recon - x
-    gradient, = torch.autograd.grad(e.abs().flatten(1).mean(1).sum(), x)
+    (gradient,) = torch.autograd.grad(e.abs().flatten(1).mean(1).sum(), x)
     return e.detach(), gradient
 
 
