@@ -133,6 +133,16 @@ def tensors_of(kept: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     "The tensors of one kind, without its name."
     return {name[len(kind) + 1:]: value for name, value in kept.items() if name.startswith(kind + ".")}
 
+# %% ../../nbs/federated/08_memory.ipynb #55d117d3
+def _read_checkpoint(path: Path, config: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    "Metadata and tensors of a checkpoint that belongs to this configuration."
+    from safetensors import safe_open
+    with safe_open(path, "pt") as file:
+        found, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    if found["config"] != config:
+        raise ValueError(f"{path} belongs to another run (its configuration was {found['config']}); choose another checkpoint-dir")
+    return found, tensors
+
 # %% ../../nbs/federated/08_memory.ipynb #68a6a15a
 class Checkpoint:
     "The state of a run after its last round, in one file."
@@ -153,13 +163,9 @@ class Checkpoint:
 
     def load(self, strategy: Strategy) -> tuple[int, ArrayRecord | None, History]:
         "Rounds done, weights and history; (0, None, empty) if there is no checkpoint. The strategy gets its memory back."
-        from safetensors import safe_open
         if not self.path.exists():
             return 0, None, History()
-        with safe_open(self.path, "pt") as file:
-            found, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-        if found["config"] != self.config:
-            raise ValueError(f"{self.path} belongs to another run (its configuration was {found['config']}); choose another checkpoint-dir")
+        found, tensors = _read_checkpoint(self.path, self.config)
         if hasattr(strategy, "load_state"):
             strategy.load_state(tensors_of(tensors, "strategy"))
         return int(found["round"]), ArrayRecord(tensors_of(tensors, "model")), History.from_json(found["history"])

@@ -86,14 +86,23 @@ def _array_problem(arrays: ArrayRecord | None, sent: ArrayRecord) -> str | None:
     return None
 
 # %% ../../nbs/federated/07_server.ipynb #4e136933
-class _Sieve:
-    "Sort, check and record replies."
+class _Rejects:
+    "What was left out, and why."
 
     def __init__(self, history: History):
         self.history = history
         self.rejected: list[tuple[int, int | None, str]] = []  # round, partition if known, reason
         self.sent: ArrayRecord | None = None
         self.asked: set[int] = set()
+
+    def reject(self, number: int, place: int | None, who: str, reason: str) -> None:
+        "Note and warn."
+        self.rejected.append((number, place, reason))
+        warnings.warn(f"round {number}: {who} is left out: {reason}", RejectedReply, stacklevel=2)
+
+# %% ../../nbs/federated/07_server.ipynb #b39a20ca
+class _Sieve(_Rejects):
+    "Sort, check and record replies."
 
     def accept(self, number: int, replies: Iterable[Message], sent: ArrayRecord | None) -> list[Message]:
         "The replies that can be used, in the order of their partitions."
@@ -110,11 +119,6 @@ class _Sieve:
             self.reject(number, None, f"node {node}", "no reply within the time limit")
         names = _common(good.values()) if good else set()
         return [_tidy(good[place], sent, names) for place in sorted(good)]
-
-    def reject(self, number: int, place: int | None, who: str, reason: str) -> None:
-        "Note and warn."
-        self.rejected.append((number, place, reason))
-        warnings.warn(f"round {number}: {who} is left out: {reason}", RejectedReply, stacklevel=2)
 
 # %% ../../nbs/federated/07_server.ipynb #71866ef3
 def _sender(reply: Message) -> tuple[int, str]:
@@ -294,7 +298,7 @@ class _AfterRound:
         "Flower calls this before the first round (as round 0) and after each."
         number, history, self.arrays = server_round + self.guard.offset, self.guard.history, arrays
         metrics = {}
-        if self.evaluate_fn and not (server_round == 0 and number > 0):
+        if self.evaluate_fn and self.config["server-test"] and not (server_round == 0 and number > 0):
             metrics = self.evaluate_fn(load_shared(self.model, arrays, self.keep_local), self.config)
             history.add(number, "server", -1, metrics)
         if self.checkpoint and server_round:

@@ -76,7 +76,7 @@ def load_shared(
 # %% ../../nbs/federated/05_training.ipynb #3068a276
 DEFAULTS = {"rounds": 10, "seed": 0, "local-epochs": 1, "batch-size": 32, "lr": 0.1, "optimizer": "sgd", "momentum": 0.0,
             "weight-decay": 0.0, "reset-optimizer": True, "strategy": "fedavg", "proximal-mu": 0.0, "server-momentum": 0.0,
-            "server-lr": 1.0, "keep-local": "", "test-local": True, "evaluate-clients": True, "min-nodes": 1, "num-clients": 0,
+            "server-lr": 1.0, "keep-local": "", "test-local": True, "evaluate-clients": True, "server-test": True, "min-nodes": 1, "num-clients": 0,
             "wait": 60.0, "timeout": 3600.0, "fraction": 1.0, "device": "cpu", "checkpoint-dir": "", "out-dir": "", "run-name": ""}
 BASELINES = {"fedavg": {}, "fedprox": {"strategy": "fedprox", "proximal-mu": 0.01}, "fedbn": {"keep-local": "batchnorm"},
              "fedper": {"keep-local": "head.*"}, "fedavgm": {"strategy": "fedavgm", "server-momentum": 0.9}}
