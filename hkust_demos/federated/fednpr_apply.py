@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTITIONS', 'LIMITS', 'DIGIT_NOISE', 'DIGIT_TEST', 'LABELS', 'OVERRIDES', 'DEFAULT_VARIANTS', 'APPS', 'OPTIONS',
            'FEDNPR', 'Plan', 'share_out', 'Federation', 'gather', 'run_config', 'client_data', 'flower_apps', 'judge',
-           'recall_table', 'add_arguments', 'plan_from', 'run_command']
+           'recall_table', 'round_scores', 'add_arguments', 'plan_from', 'run_command']
 
 # %% ../../nbs/federated/12_fednpr_apply.ipynb #204a3c05
 from argparse import ArgumentParser, Namespace
@@ -28,7 +28,7 @@ from .fednpr import RUN_CONFIG, LesionNet, client_app, flips, recall_metrics
 from .fednpr_look import feature_map, small_map
 from .fednpr_views import feature_picture
 from .partition import FEWEST, Shares, client_names, count_labels, deal
-from .runs import Comparison, FederatedMethod, check_limits, entries, plan_entries, plan_of
+from .runs import Comparison, FederatedMethod, StoredRun, check_limits, entries, plan_entries, plan_of
 from ..viz import heatmap
 
 # %% ../../nbs/federated/12_fednpr_apply.ipynb #cd4451f4
@@ -192,7 +192,7 @@ def gather(plan: Plan) -> Federation:
     return _gather(Plan(**{name: getattr(plan, name) for name in about_data}))
 
 # %% ../../nbs/federated/12_fednpr_apply.ipynb #10024408
-LABELS = {"fedavg": "FedAvg", "bsm": "FedAvg + balanced softmax", "npr": "FedNPR", "bsm-per": "balanced softmax, own heads", "npr-per": "FedNPR, own heads"}
+LABELS = {"fedavg": "FedAvg", "bsm": "balanced softmax", "npr": "FedNPR", "bsm-per": "balanced softmax, own heads", "npr-per": "FedNPR, own heads"}
 OVERRIDES = {"fedavg": {"loss": "ce", "npr-lam": 0.0}, "bsm": {"npr-lam": 0.0}, "npr": {}, "bsm-per": {"npr-lam": 0.0, "keep-local": "head.*"},
              "npr-per": {"keep-local": "head.*"}}
 DEFAULT_VARIANTS = ("fedavg", "bsm", "npr", "npr-per")
@@ -307,6 +307,19 @@ OPTIONS = {"images": "pictures: of the largest clinic, or of the average client"
            "start": "rounds before NPR counts", "size": "pixels a side"}
 FEDNPR = FederatedMethod("fednpr", "FedNPR", APPS, Plan, LABELS, run_config, gather, _network, judge, "balanced", OPTIONS,
                          lambda plan: share_out(plan).doubts(), _report, _pictures, _keep)
+
+# %% ../../nbs/federated/12_fednpr_apply.ipynb #04cb3954
+def round_scores(
+    stored: StoredRun,
+    round_index: int,
+    n_rare: int = 4,
+) -> list[tuple[str, float, float]]:  # words, balanced accuracy, mean recall of the rarest classes
+    "Each variant in one round of a stored run."
+    if not 0 <= round_index <= stored.rounds:
+        raise ValueError(f"round is {round_index}; the stored run has rounds 0 to {stored.rounds}")
+    rare = np.argsort(np.sum(stored.about["pictures"], 0), kind="stable")[:n_rare]
+    recalls = np.mean([stored.metrics[f"recall[{c}]"][:, round_index] for c in rare], 0)
+    return [*zip(stored.labels, stored.metrics["balanced"][:, round_index].tolist(), recalls.tolist())]
 
 # %% ../../nbs/federated/12_fednpr_apply.ipynb #d37ee676
 def add_arguments(parser: ArgumentParser) -> None:
