@@ -134,7 +134,7 @@ def test_a_test_picture_and_an_upload(client, trained, tmp_path):
 
 def test_the_files_of_a_run(client, trained):
     with zipfile.ZipFile(client.predict(api_name="/files")) as archive:
-        assert {"weights.safetensors", "card.json", "report.json", "history.csv", "partition.png", "rounds.png", "recall.png", "features.png"} == set(archive.namelist())
+        assert {"weights.safetensors", "card.json", "report.json", "history.csv", "rounds.npz", "partition.png", "rounds.png", "recall.png", "features.png"} == set(archive.namelist())
         assert json.loads(archive.read("report.json"))["not_for_diagnosis"]
         assert Image.open(io.BytesIO(archive.read("features.png"))).size[0] > 400
 

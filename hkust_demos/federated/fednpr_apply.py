@@ -8,6 +8,7 @@ __all__ = ['PARTITIONS', 'LIMITS', 'DIGIT_NOISE', 'DIGIT_TEST', 'LABELS', 'OVERR
            'recall_table', 'round_scores', 'add_arguments', 'plan_from', 'run_command']
 
 # %% ../../nbs/federated/12_fednpr_apply.ipynb #204a3c05
+import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -208,7 +209,7 @@ def run_config(
     config = {**RUN_CONFIG, "rounds": plan.rounds, "seed": plan.seed, "local-epochs": plan.local_epochs, "evaluate-clients": False,
               "npr-lam": float(plan.lam), "npr-clusters": plan.clusters, "npr-start": plan.start, **OVERRIDES[variant]}
     classes = share_out(plan).classes
-    return config | {"num-classes": len(classes), "classes": ",".join(classes), **plan_entries(plan)}
+    return config | {"num-classes": len(classes), "classes": json.dumps(classes, ensure_ascii=False), **plan_entries(plan)}
 
 # %% ../../nbs/federated/12_fednpr_apply.ipynb #44af3331
 def _network(config: Mapping) -> nn.Module:
@@ -231,7 +232,7 @@ def client_data(
 def _own_data(config: Mapping) -> ClientData:
     "What lies in the folder of a client on a machine of its own: a quarter of each class is its test."
     found, _ = _read(config["data-dir"], plan_of(config, Plan).size)
-    classes = config["classes"].split(",")
+    classes = json.loads(config["classes"])
     strange = sorted(set(found.names) - set(classes))
     if strange:
         raise ValueError(f"the pictures of this client have a class {strange[0]}; the run knows {', '.join(classes)}")
