@@ -235,7 +235,7 @@ def test_the_command_federates_a_zip(own, tmp_path, capsys):
     before = (tmp_path / "run" / "weights.safetensors").read_bytes()
     with pytest.raises(FileExistsError, match="--force"):
         command([*options, "--out", tmp_path / "run"])
-    command([*options, "--out", tmp_path / "run", "--force"])
+    command([*options[:-1], "--out", tmp_path / "run", "--force"])  # alone, as side by side
     assert (tmp_path / "run" / "weights.safetensors").read_bytes() == before
 
 

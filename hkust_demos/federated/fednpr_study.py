@@ -180,9 +180,9 @@ def run(
     return {**pd.DataFrame(rows).mean().to_dict(), "local": float(local.value.mean()), "probe": _probe(model, probe, test)}
 
 # %% ../../nbs/federated/11_fednpr_study.ipynb #5535554c
-SHOWN = {"fedavg/bsm": "balanced softmax\nover averaging", "local-head/bsm": "local heads\nover a shared one",
-         "npr/0.3": "FedNPR\nover balanced softmax", "local-head/npr-0.3": "FedNPR with local heads\nover local heads",
-         "npr/paper": "FedNPR as published\nover balanced softmax", "npr/released": "FedNPR as released\nover balanced softmax"}
+SHOWN = {"fedavg/bsm": "balanced softmax\nover averaging", "npr/paper": "FedNPR as published\nover balanced softmax",
+         "npr/0.3": "FedNPR, our form\nover balanced softmax", "npr/released": "FedNPR as released\nover balanced softmax",
+         "local-head/bsm": "local heads *\nover a shared one", "local-head/npr-0.3": "FedNPR with local heads *\nover local heads"}
 PANELS = {"global": "shared model, common test", "local": "clients' models, own tests"}
 
 
