@@ -223,7 +223,8 @@ def test_a_person_slides_runs_stops_and_asks_by_keyboard(hub, browser):
     page.goto(f"{hub.url}/fednpr/")
     picture, empty = page.locator("#finished img"), lambda: page.locator(".empty:visible").count()
     picture.wait_for(timeout=60_000)
-    assert picture.evaluate("image => image.complete && image.naturalWidth > 500") and empty() == 0
+    page.wait_for_function("document.querySelector('#finished img').naturalWidth > 500", timeout=10_000)
+    assert empty() == 0
     page.get_by_label("range slider for Round of the finished run").press("ArrowLeft")
     page.get_by_text("Round 29 of 30").wait_for(timeout=30_000)
     page.get_by_role("tab", name="Federate").press("Enter")

@@ -226,7 +226,7 @@ def stored_picture(
         raise ValueError(f"round {round_index} of {variant!r} is not stored; there are rounds 0 to {stored.rounds} of {', '.join(stored.variants)}")
     parts = [*_curves(stored, round_index, 34, 40, 280, 235), *_recalls(stored, round_index, 570, 40, 330, 235),
              *_points(stored, variant, round_index, 940, 40, 235)]
-    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1270 325" font-family="system-ui, sans-serif" fill="none">'
+    return ('<svg xmlns="http://www.w3.org/2000/svg" width="1270" height="325" viewBox="0 0 1270 325" font-family="system-ui, sans-serif" fill="none">'
             f'<rect width="1270" height="325" fill="white"/>{"".join(parts)}</svg>')
 
 # %% ../../nbs/federated/13_fednpr_views.ipynb #fa7c2c9b
