@@ -25,9 +25,13 @@ _ROOMS |= {
     "memristor.dynamic3d": "cloud_inputs turn_and_scale train_point_network make_dynamic_points",
     "memristor.energy": "COMPONENTS EnergyModel EnergyReport LayerEnergy layer_energies search_energies energy_report",
     "memristor.shipped": "TASKS AMOUNTS Task Parts load_task task_parts own_parts noisy_device",
-    "memristor.apply": "ChipSettings VirtualChip Explanation Accuracy Tile Yield Largest Sweep build_chip live_task yield_over_chips largest_noise noise_sweep "
-                       "parse_noise read_digit read_shape report_dict",
-    "data.digits": "load_digits8 load_mnist5k load_mnist_folder augment_digits",
+    "memristor.settings": "ChipSettings parse_noise",
+    "memristor.core": "live_task",
+    "memristor.explain": "Explanation",
+    "memristor.chip": "VirtualChip Accuracy Tile build_chip",
+    "memristor.sweeps": "Yield Largest Sweep yield_over_chips largest_noise noise_sweep",
+    "memristor.apply": "read_shape report_dict",
+    "data.digits": "load_digits8 load_mnist5k load_mnist_folder augment_digits read_digit",
     "data.shapes": "make_shapes extrude_digits read_off read_cloud sample_surface ModelNetFolder",
 }
 _PLACES = {name: room for room, names in _ROOMS.items() for name in names.split()}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Inputs', 'ResidualBlock', 'TernaryResNet', 'ExitTeacher', 'train_network', 'evaluation_features', 'Ladder',
-           'DynamicNetwork', 'summarize', 'program_network', 'tune_thresholds', 'make_dynamic', 'chip_accuracy',
-           'train_digit_networks', 'load_digit_network']
+           'DynamicNetwork', 'summarize', 'climb', 'program_network', 'tune_thresholds', 'make_dynamic',
+           'chip_accuracy', 'train_digit_networks', 'load_digit_network']
 
 # %% ../../nbs/memristor/10_dynamic2d.ipynb #79eeb4aa
 from collections.abc import Callable, Sequence
@@ -241,7 +241,7 @@ class DynamicNetwork:
 
     def explain(self, inputs: Inputs) -> Ladder:
         "The ladder of one input (1, ...)."
-        return _ladder(self, *self.search(inputs))
+        return climb(self, *self.search(inputs))
 
 # %% ../../nbs/memristor/10_dynamic2d.ipynb #e3410a7b
 def summarize(
@@ -259,8 +259,12 @@ def summarize(
             "exit_accuracy": share(sims.argmax(2) == labels[:, None]).tolist()}
 
 
-def _ladder(dynamic: DynamicNetwork, sims: Tensor, logits: Tensor) -> Ladder:
-    "One input's way."
+def climb(
+    dynamic: DynamicNetwork,
+    sims: Tensor,  # (1, E, K) from `dynamic.search`
+    logits: Tensor,  # (1, K)
+) -> Ladder:
+    "The ladder of one input whose match lines are known."
     if len(logits) != 1:
         raise ValueError(f"inputs hold {len(logits)} samples; a ladder is for exactly 1")
     policy = ExitPolicy(dynamic.thresholds, dynamic.score)
