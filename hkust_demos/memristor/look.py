@@ -144,7 +144,7 @@ def _trade_panel(walk: Sequence[tuple[float, float]], accuracy: Accuracy) -> str
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in walk))
     (x, y), level = place(accuracy.budget_cut, accuracy.dynamic), place(0, accuracy.static)[1]
     return "".join([
-        _word(left, 20, f"{accuracy.n} test inputs: thresholds move the dot", size=12, color=INK, anchor="start", weight="bold"),
+        _word(left, 20, f"Accuracy on {accuracy.n} test inputs", size=12, color=INK, anchor="start", weight="bold"),
         *(_word(left - 6, place(0, v)[1] + 4, f"{v:.0%}", anchor="end") + _line(left, place(0, v)[1], left + width, place(0, v)[1], GRID) for v in (1.0, round((1 + lowest) / 2, 2))),
         *(_word(left + width * v, 238, f"{v:.0%}") for v in (0.0, 0.5, 1.0)), _word(left + width / 2, 253, "work saved; up: accuracy"),
         _line(left, level, left + width, level, INK, 'stroke-dasharray="5 4"'), _word(left + width, level - 4, "no exits", anchor="end", color=INK),

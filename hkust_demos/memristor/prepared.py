@@ -8,9 +8,9 @@ __all__ = ['EXAMPLE', 'NOISE_STEPS', 'prepared_folder', 'finished_example', 'pre
 # %% ../../nbs/memristor/27_prepared.ipynb #bab7dd8b
 import json
 from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 
-from .. import __version__
 from ..checkpoints import load_checkpoint, save_checkpoint, shipped_folder
 from ..files import cache_dir
 
@@ -20,10 +20,9 @@ NOISE_STEPS = (0.15, 0.0, 0.05, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4)  # the default c
 
 
 def prepared_folder() -> Path:
-    "Where the chips are kept; other weights or another version have another folder."
-    card = json.loads((shipped_folder("memristor") / "card.json").read_text(encoding="utf-8"))
-    key = sha256(f"{__version__} {card['sha256']} {EXAMPLE} {NOISE_STEPS}".encode()).hexdigest()[:12]
-    return cache_dir() / f"memristor-{key}"
+    "Where the chips are kept; other weights or other code have another folder."
+    parts = [shipped_folder("memristor") / "card.json", *sorted((Path(str(files("hkust_demos"))) / "memristor").glob("*.py"))]
+    return cache_dir() / f"memristor-{sha256(b''.join(part.read_bytes() for part in parts)).hexdigest()[:12]}"
 
 
 def finished_example() -> tuple[str, str] | None:  # sentences and picture; None: nothing was prepared yet

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'ladder_chart', 'conductance_chart', 'conductance_histogram', 'ir_drop_chart', 'component_chart',
-           'block_chart', 'baseline_chart', 'exits_chart', 'budget_chart', 'noise_chart', 'yield_chart',
+           'block_chart', 'baseline_chart', 'exits_chart', 'budget_chart', 'run_charts', 'noise_chart', 'yield_chart',
            'largest_chart', 'Ball', 'pick_ball', 'cloud_chart']
 
 # %% ../../nbs/memristor/23_chip_views.ipynb #8ce04cd7
@@ -259,6 +259,22 @@ def budget_chart(
                                reference={"without exits": 100 * static})
     figure.data[0].line.color = COLORS["ours"]
     return _roomy(_add_here(figure, 100 * here[0], 100 * here[1]), hovermode="closest")
+
+# %% ../../nbs/memristor/23_chip_views.ipynb #902aa230
+def run_charts(
+    chip,  # a VirtualChip
+    inputs,  # one sample
+) -> list[go.Figure]:
+    "Ladder, block, component, baselines, exits, budget."
+    found, accuracy, curve = chip.through_tiles(inputs), chip.accuracy_report(), chip.budget_curve()
+    report = chip.energy(inputs, exit_index=[found.exit_index])
+    engines = {"chip, exits": report.cim_total, "chip, no exits": report.cim_static, "int8, exits": report.digital_int8_dynamic,
+               "int8": report.digital_int8, "fp32": report.digital_fp32, "GPU (estimate)": report.gpu}
+    return [ladder_chart(found.sims, found.thresholds, exit_index=found.exit_index, answer=found.label, classes=found.classes),
+            block_chart(report.by_block, report.static_by_block), component_chart(report.by_component), baseline_chart(engines),
+            exits_chart(accuracy.exit_counts, accuracy.exit_right),
+            budget_chart([step["saved"] for step in curve], [step["accuracy"] for step in curve],
+                         here=(accuracy.budget_cut, accuracy.dynamic), static=accuracy.static)]
 
 # %% ../../nbs/memristor/23_chip_views.ipynb #ee1e1d11
 def noise_chart(
