@@ -38,10 +38,9 @@ def write(path, *cells):
     "A clean notebook of these cells."
     from execnb.nbio import nb2str
 
-    kernel = {"display_name": "python3", "language": "python", "name": "python3"}
     cells = [{**cell, "id": f"{number:08x}", "source": cell["source"].splitlines(True)} for number, cell in enumerate(cells)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(nb2str({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
+    path.write_text(nb2str({"cells": cells, "metadata": notebook_files.METADATA, "nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
     return path
 
 
@@ -56,6 +55,23 @@ GOOD = [markdown(HEAD), code("#| default_exp page"), code("#| hide\nfrom fastcor
 
 
 # run_notebooks
+
+def test_metadata_name_kernel_and_language_and_survive_cleaning(tmp_path):
+    "What JupyterLab needs to open a notebook without a question, set once and kept by nbdev_clean."
+    path = write(tmp_path / "nbs" / "page.ipynb", *GOOD)
+    (tmp_path / "settings.ini").write_text(SETTINGS)
+    full = json.loads(path.read_text())
+    lab = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+           "language_info": {"name": "python", "version": "3.11.7", "file_extension": ".py"}, "jupytext": {"main_language": "python"}}
+    for metadata in (lab, {"kernelspec": lab["kernelspec"]}, {}):
+        path.write_text(json.dumps({**full, "metadata": metadata}))
+        assert any("--metadata" in problem for problem in check_style.check_notebook(path))
+        assert run_notebooks.set_metadata(path) and not run_notebooks.set_metadata(path)
+        assert not any("--metadata" in problem for problem in check_style.check_notebook(path))
+    before = path.read_bytes()
+    check_export.run("nbdev_clean", tmp_path)
+    assert path.read_bytes() == before and json.loads(before)["metadata"]["language_info"] == {"name": "python"}
+
 
 def test_runner_stores_outputs_twice_the_same(tmp_path):
     path = write(tmp_path / "nbs" / "page.ipynb", markdown(HEAD), code("import sys, warnings"),
