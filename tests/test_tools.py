@@ -54,6 +54,13 @@ GOOD = [markdown(HEAD), code("#| default_exp page"), code("#| hide\nfrom fastcor
         code(EXPORTED), code("four = double(2)"), code("assert four == 4")]
 
 
+# the notebooks themselves
+
+def test_every_page_has_a_name_of_its_own_in_the_navigation():
+    names = [build_docs.title_of(path).split(":")[0] for path in notebook_files.notebook_paths(ROOT)]
+    assert sorted(names) == sorted(set(names)) and not {"App", "Study", "Apply"} & {*names}
+
+
 # run_notebooks
 
 def test_metadata_name_kernel_and_language_and_survive_cleaning(tmp_path):
