@@ -309,7 +309,7 @@ def _chip_widgets() -> list:
     ohms = gr.Slider(0, 10, 0, step=0.5, label="Wire resistance (ohm a segment)")
     tolerance = gr.Slider(0, 10, 0, step=0.5, label="Accuracy that exits may lose (points)")
     mapping = gr.Radio(list(MAPPINGS), value="ternary", label="Weights")
-    reestimate = gr.Checkbox(True, label="Measure batch normalization again on the chip")
+    reestimate = gr.Checkbox(True, label="Recalibrate batch norm on the chip")
     return [adc, rows, ohms, tolerance, mapping, reestimate, gr.Number(0, minimum=0, maximum=10**6, precision=0, label="Chip number (seed)")]
 
 # %% ../../nbs/apps/30_memristor.ipynb #5a1edee7

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cam import ExitPolicy, budget_curve
+from .cam import ExitPolicy
 from .core import ChipCore, cached_core, core_settings, fresh_reads, inputs_key, is_cached, keep, live_task, tuned_thresholds
 from .crossbar import wire_transfer
 from .device import DeviceModel
@@ -25,6 +25,7 @@ from .explain import Explanation, explain
 from .settings import ChipSettings
 from .shipped import Task, load_task
 from .ternary import chip_layers, deploy
+from .thresholds import budget_curve
 
 # %% ../../nbs/memristor/18_chip.ipynb #280db4e7
 class Accuracy(NamedTuple):

@@ -18,11 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cam import SemanticMemory, exit_scores, search_thresholds
+from .cam import SemanticMemory, exit_scores
 from .dynamic2d import DynamicNetwork, Inputs, make_dynamic
 from .settings import ChipSettings
 from .shipped import Task, load_task
 from .ternary import chip_layers, deploy, random_stream
+from .thresholds import search_thresholds
 from .wires import through_wires
 
 # %% ../../nbs/memristor/16_core.ipynb #4164b683

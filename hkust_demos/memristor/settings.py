@@ -53,7 +53,7 @@ class ChipSettings(CellSettings):
     wire_resistance: float = 0.0  # ohm a segment
     tolerance: float = 0.0  # accuracy that exits may lose, as a share
     mapping: str = "ternary"  # or "linear": float weights
-    reestimate_bn: bool = True  # measure batch normalization on the chip
+    reestimate_bn: bool = True  # batch-norm recalibration on the chip
     seed: int = 0  # which chip
 
     def __post_init__(self):
