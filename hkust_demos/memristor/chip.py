@@ -117,7 +117,7 @@ def _cached_chip(task: Task, settings: ChipSettings) -> VirtualChip:
     "The last chips."
     return with_thresholds(task, settings, cached_core(task, core_settings(settings)))
 
-
+# %% ../../nbs/memristor/18_chip.ipynb #fb543a25
 def build_chip(
     task: Task | str,  # or its name: digits, mnist, shapes
     settings: ChipSettings = ChipSettings(),
@@ -146,7 +146,7 @@ def _saved_energy(chip: VirtualChip, exit_index: Tensor) -> float:
     prices = chip.energy(_some(chip.task.test[0], n), exit_index=[never] * n)
     return 1 - prices.by_block.cumsum(0)[exit_index].mean().item() / prices.cim_static
 
-
+# %% ../../nbs/memristor/18_chip.ipynb #3f195ecb
 def _budget_curve(chip: VirtualChip) -> list[dict[str, float]]:
     "Thresholds for several tolerances at once, judged on the test part."
     cost, static = chip.dynamic.exit_cost, chip.dynamic.static_cost

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPONENTS', 'COUNTED', 'EnergyModel', 'LayerEnergy', 'layer_geometry', 'layer_energies', 'search_energies',
-           'EnergyReport', 'energy_report', 'bill', 'joules_text']
+           'EnergyReport', 'bill', 'energy_report', 'joules_text']
 
 # %% ../../nbs/memristor/20_energy.ipynb #323eadfb
 from dataclasses import dataclass, replace
@@ -193,24 +193,7 @@ def _spent(layers: list[LayerEnergy], exit_index: Tensor, n_blocks: int) -> tupl
         by_block[:, one.block] += reached * (one.crossbar + sum(one.fixed.values()))
     return by_component, by_block
 
-# %% ../../nbs/memristor/20_energy.ipynb #52f789fc
-def energy_report(
-    network: nn.Module,  # with a list `blocks`, trained or from `deploy`
-    inputs: Tensor | tuple[Tensor, ...],  # (N, ...)
-    exit_index: Tensor | None = None,  # (N,) exit taken, E = none; None: the static network
-    *,
-    memory: SemanticMemory | None = None,  # needed with `exit_index`
-    model: EnergyModel = EnergyModel(),
-) -> EnergyReport:
-    "What these samples cost on the chip and on digital engines."
-    n_blocks, n_samples = len(network.blocks), len(inputs[0] if isinstance(inputs, tuple) else inputs)
-    _check_exits(exit_index, memory, n_blocks, n_samples)
-    layers, features = layer_energies(network, inputs, model=model)
-    searches = [] if exit_index is None else search_energies(memory, features, model=model)
-    taken = torch.full((n_samples,), n_blocks) if exit_index is None else exit_index
-    return bill(layers, searches, taken, n_blocks=n_blocks, model=model)
-
-
+# %% ../../nbs/memristor/20_energy.ipynb #979e2918
 def bill(
     layers: list[LayerEnergy],  # from `layer_energies`
     searches: list[LayerEnergy],  # from `search_energies`; empty: a network without exits
@@ -228,6 +211,23 @@ def bill(
     return EnergyReport(means, spent.mean(0), spent.sum(1), spent.sum(1).mean().item(), static.sum(1).mean().item(), static.mean(0),
                         sum(one.digital_fp32 for one in layers), sum(one.digital_int8 for one in layers), int8,
                         sum(one.macs for one in layers) * model.gpu_power / (model.gpu_macs * model.gpu_use))
+
+# %% ../../nbs/memristor/20_energy.ipynb #52f789fc
+def energy_report(
+    network: nn.Module,  # with a list `blocks`, trained or from `deploy`
+    inputs: Tensor | tuple[Tensor, ...],  # (N, ...)
+    exit_index: Tensor | None = None,  # (N,) exit taken, E = none; None: the static network
+    *,
+    memory: SemanticMemory | None = None,  # needed with `exit_index`
+    model: EnergyModel = EnergyModel(),
+) -> EnergyReport:
+    "What these samples cost on the chip and on digital engines."
+    n_blocks, n_samples = len(network.blocks), len(inputs[0] if isinstance(inputs, tuple) else inputs)
+    _check_exits(exit_index, memory, n_blocks, n_samples)
+    layers, features = layer_energies(network, inputs, model=model)
+    searches = [] if exit_index is None else search_energies(memory, features, model=model)
+    taken = torch.full((n_samples,), n_blocks) if exit_index is None else exit_index
+    return bill(layers, searches, taken, n_blocks=n_blocks, model=model)
 
 # %% ../../nbs/memristor/20_energy.ipynb #2e83a07a
 def _check_exits(exit_index: Tensor | None, memory: SemanticMemory | None, n_blocks: int, n_samples: int) -> None:
