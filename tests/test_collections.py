@@ -544,3 +544,12 @@ def test_the_register_and_its_list_load_nothing_heavy():
     program = "import sys; from hkust_demos.cli import main; main(['data', 'list']); print([m for m in ('torch', 'pandas', 'numpy', 'PIL') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_page_in_the_docs_is_the_register(root):
+    from hkust_demos.data.archives import archive_table
+    from hkust_demos.data.collections import markdown_layouts, markdown_table
+    for notebook, made in (("06_collections", [markdown_table(), markdown_layouts()]), ("13_archives", [archive_table()])):
+        cells = json.loads((root / f"nbs/data/{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+        shown = ["".join(output["data"].get("text/markdown", "")) for cell in cells for output in cell.get("outputs", []) if "data" in output]
+        assert [page for page in shown if page] == made

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLLECTIONS', 'VARIABLE', 'Record', 'CollectionMissing', 'data_root', 'get_record', 'missing_sentence',
-           'find_collection', 'open_collection', 'markdown_table', 'markdown_layouts']
+           'find_collection', 'open_collection', 'Source', 'source_of', 'markdown_table', 'markdown_layouts']
 
 # %% ../../nbs/data/06_collections.ipynb #0d5ba58a
 import importlib
@@ -271,6 +271,28 @@ def open_collection(
     module, _, function = get_record(name).reader.partition(":")
     reader = getattr(importlib.import_module(f"hkust_demos.data.{module}"), function)
     return reader(found[0][1], get_record(name), found[0][0])
+
+# %% ../../nbs/data/06_collections.ipynb #891e7d32
+@dataclass(frozen=True)
+class Source:
+    "What was read, for the table of a study."
+    name: str
+    version: str
+    license: str
+    page: str
+
+
+def source_of(
+    name: str,  # a set of the register, or an archive of `data get`
+    root: str | Path | None = None,  # the folder of the sets; None takes HKUST_DEMOS_DATA
+) -> Source:
+    "Version and licence of a set that is here; CollectionMissing or DataNotInstalled with a sentence if it is not."
+    from hkust_demos.data.archives import ARCHIVES, archive_folder
+    if name in ARCHIVES:
+        archive_folder(name)
+        return Source(name, ARCHIVES[name].filename, ARCHIVES[name].license, f"https://pypi.org/project/{ARCHIVES[name].project}/")
+    record = get_record(name)
+    return Source(name, open_collection(name, root).version(), record.license, record.page)
 
 # %% ../../nbs/data/06_collections.ipynb #21eac3de
 def markdown_table() -> str:
