@@ -30,7 +30,7 @@ INSTALLED_DEV := $(VENV)/.stamps/dev-$(HASH)
 limited = $(if $(shell command -v timeout),timeout --kill-after=30 $(1)) $(2)
 # Methods that are built, and those of them that have something to train.
 READY = $$($(BIN)/python -c "from hkust_demos.catalog import METHODS; print(*(name for name in METHODS if METHODS[name].ready))")
-TRAINED = $$($(BIN)/python -c "from importlib import import_module as load; from hkust_demos.catalog import METHODS; print(*(m.name for m in METHODS.values() if m.ready and hasattr(load(m.module), 'train')))")
+TRAINED = $$($(BIN)/python -c "from importlib import import_module as load; from hkust_demos.catalog import METHODS; print(*(m.name for m in METHODS.values() if m.ready and hasattr(load(m.command), 'train')))")
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 test test-slow nbs docs readme bench: export HF_HUB_OFFLINE := 1

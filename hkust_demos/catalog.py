@@ -21,19 +21,24 @@ class Method:
     family: str  # "llm", "vision", "federated" or "memristor"
     claim: str  # one sentence in our own words
     notebook: str  # path from the root of the repository
-    module: str  # Python module
-    app: str  # Python module of the Gradio app
+    module: str  # Python module of the method itself
+    study: str  # module with `build_study(quick)`
+    command: str  # module with `add_arguments`, `run_command`, and where they are needed `train` and `prepare`
+    app: str  # module of the Gradio app
     ready: bool = False  # built and tested here
 
 # %% ../nbs/00_catalog.ipynb #a3293138
 def _method(name: str, title: str, notebook: str, year: int, venue: str, url: str, paper: str, claim: str, ready: bool = False) -> Method:
     "A record whose places follow from its name and notebook."
-    family, page = notebook.split("/")
-    module = "memristor" if family == "memristor" else f"{family}.{name}"
-    return Method(name, title, paper, year, venue, url, family, claim, f"nbs/{notebook}.ipynb", f"hkust_demos.{module}",
+    family = notebook.split("/")[0]
+    place = f"hkust_demos.{family}.{name}"
+    module, study, command = place, f"{place}_study", f"{place}_apply"
+    if family == name:  # a wing of its own
+        module, study, command = (f"hkust_demos.{name}{room}" for room in ("", ".chip_study", ".apply"))
+    return Method(name, title, paper, year, venue, url, family, claim, f"nbs/{notebook}.ipynb", module, study, command,
                   f"hkust_demos.apps.{name}", ready)
 
-
+# %% ../nbs/00_catalog.ipynb #b3f1c2aa
 _LLM = [
     _method("eora", "EoRA", "llm/10_eora", 2024, "arXiv", "https://arxiv.org/abs/2410.21271",
             "EoRA: Fine-tuning-free Compensation for Compressed LLM with Eigenspace Low-Rank Approximation",

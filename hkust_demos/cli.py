@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from . import __version__
-from .catalog import METHODS, get_method
+from .catalog import METHODS, get_method, ready_methods
 
 # %% ../nbs/03_cli.ipynb #d13531af
 def _list(args: argparse.Namespace) -> list[Path]:
@@ -26,7 +26,7 @@ def _list(args: argparse.Namespace) -> list[Path]:
 # %% ../nbs/03_cli.ipynb #e012546e
 def _study(args: argparse.Namespace) -> list[Path]:
     "Run a study and store it."
-    study = importlib.import_module(get_method(args.method).module).study(quick=args.quick)
+    study = importlib.import_module(get_method(args.method).study).build_study(quick=args.quick)
     study = study.only(args.only) if args.only else study
     if args.quick and Path(args.out) == Path("results"):
         args.out = "results-quick"
@@ -35,13 +35,16 @@ def _study(args: argparse.Namespace) -> list[Path]:
 
 
 def _prepare(args: argparse.Namespace) -> list[Path]:
-    "Convert the embedded language model into the cache."
-    return [importlib.import_module("hkust_demos.llm.models").prepare()]
+    "Convert the embedded language model, then compute the example on which each app opens; both go into the cache."
+    written = [importlib.import_module("hkust_demos.llm.models").prepare()]
+    for name in ready_methods():
+        written += getattr(importlib.import_module(METHODS[name].command), "prepare", list)()
+    return written
 
 # %% ../nbs/03_cli.ipynb #45190343
 def _train(args: argparse.Namespace) -> list[Path]:
     "Train the weights that a demo ships, where a method needs any."
-    module = importlib.import_module(get_method(args.method).module)
+    module = importlib.import_module(get_method(args.method).command)
     if not hasattr(module, "train"):
         raise ValueError(f"{METHODS[args.method].title} needs no trained weights: nothing to do")
     given = {name: getattr(args, name) for name in ("data", "out", "variant", "epochs") if getattr(args, name) is not None}
@@ -75,7 +78,7 @@ def _add_house_commands(commands, options: dict) -> None:
     train.add_argument("--variant", default=None, help="which network, where a method offers several (d2ue: ae, aeu or memae)")
     train.add_argument("--epochs", type=int, default=None, help="passes over your data; the method's own number otherwise")
     train.set_defaults(call=_train)
-    commands.add_parser("prepare", help="convert the embedded model into the cache", **options).set_defaults(call=_prepare)
+    commands.add_parser("prepare", help="convert the embedded model and compute the apps' first examples, into the cache", **options).set_defaults(call=_prepare)
     demo = commands.add_parser("demo", help="serve all apps on this machine", **options)
     demo.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine only")
     demo.add_argument("--port", type=int, default=7860, help="port to listen on")
@@ -86,7 +89,7 @@ def _add_house_commands(commands, options: dict) -> None:
 
 # %% ../nbs/03_cli.ipynb #a013c3d8
 def build_parser(
-    wanted: str | None = None,  # method whose options are needed; its module is imported
+    wanted: str | None = None,  # method whose options are needed; its command module is imported
 ) -> argparse.ArgumentParser:
     "All commands; options of one method are filled in."
     options = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -98,7 +101,7 @@ def build_parser(
         command = commands.add_parser(name, help=method.claim if method.ready else "coming", **options)
         command.set_defaults(call=lambda args: get_method(args.command))
         if name == wanted and method.ready:
-            module = importlib.import_module(method.module)
+            module = importlib.import_module(method.command)
             module.add_arguments(command)
             command.set_defaults(call=module.run_command)
     return parser

@@ -88,7 +88,7 @@ def test_eora_writes_an_adapter_and_respects_what_is_there(tmp_path):
 
 def test_study_writes_table_and_record(tmp_path, monkeypatch, capsys):
     tiny = Study("eora", ["a", "b"], ["score"], lambda variant, seed, quick: {"score": seed + (variant == "b")}, baseline="a")
-    monkeypatch.setattr("hkust_demos.llm.eora.study", lambda quick=False: tiny)
+    monkeypatch.setattr("hkust_demos.llm.eora_study.build_study", lambda quick=False: tiny)
     assert cli.main(["study", "eora", "--seeds", "2", "--out", str(tmp_path)]) == 0
     assert len((tmp_path / "eora.csv").read_text().splitlines()) == 5
     assert json.loads((tmp_path / "eora.json").read_text())["command"] == "hkust-demos study eora --seeds 2"

@@ -12,6 +12,7 @@ from hkust_demos.llm.calibration import InputStatistics, collect_input_statistic
 from hkust_demos.llm.compress import Compressor, compress_model, prune_sparsegpt, quantize_gptq
 from hkust_demos.llm.eora import (allocate_ranks, compress_and_compensate, layer_error, low_rank_path, output_energy, predicted_error_curve,
                                   solve_paths)
+from hkust_demos.llm.eora_study import build_study
 from hkust_demos.llm.evaluate import perplexity
 from hkust_demos.llm.lowrank import CompensatedLinear, attach_paths, compensation_disabled
 from hkust_demos.llm.models import load_demo_lm
@@ -264,14 +265,14 @@ def test_progress_counts_layers(tiny):
     compressed = compress_model(model, statistics, Compressor(bits=3))
     solve_paths(model, compressed, statistics, 4, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (14, 14) and [d for d, _ in seen] == sorted(d for d, _ in seen)
-    assert eora.study().variants and output_energy(torch.eye(2), torch.eye(2)) == 2
+    assert build_study().variants and output_energy(torch.eye(2), torch.eye(2)) == 2
 
 
 def test_spec_names_are_importable():
     for name in ("InputStatistics collect_input_statistics quantize_rtn quantize_gptq prune_nm prune_sparsegpt low_rank_path LowRankPath "
                  "predicted_error_curve layer_error allocate_ranks compress_and_compensate CompensatedModel CompensatedLinear "
                  "compensation_disabled export_peft load_peft perplexity Perplexity multiple_choice_accuracy load_demo_lm demo_corpora "
-                 "capital_questions study").split():
+                 "capital_questions").split():
         assert hasattr(eora, name), name
 
 

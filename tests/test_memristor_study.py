@@ -8,8 +8,8 @@ import torch
 
 import hkust_demos.memristor.chip_study as room
 from hkust_demos.memristor.dynamic2d import evaluation_features
-from hkust_demos.memristor.chip_study import (ABLATIONS, CHIP_DESIGNS, METRICS, NOISES, SETTINGS, TILES, all_variants, compare_rates, exits_for,
-                                         picture, run, samples, setting, study, thin, trained)
+from hkust_demos.memristor.chip_study import (ABLATIONS, CHIP_DESIGNS, METRICS, NOISES, SETTINGS, TILES, all_variants, build_study, compare_rates,
+                                               exits_for, picture, run, samples, setting, thin, trained)
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -145,7 +145,7 @@ def test_ideal_converters_change_nothing(monkeypatch):
 
 
 def test_a_stopped_study_goes_on(tmp_path, monkeypatch):
-    small, calls = study(quick=True).only(["digits/static", "digits/dynamic"]), []
+    small, calls = build_study(quick=True).only(["digits/static", "digits/dynamic"]), []
     small.run = lambda variant, seed, quick: calls.append((variant, seed)) or run(variant, seed, quick)
     small.only(["digits/static"]).table(2, quick=True, path=tmp_path / "memristor.csv")
     before = len(calls)
@@ -156,7 +156,7 @@ def test_a_stopped_study_goes_on(tmp_path, monkeypatch):
 
 
 def test_names_and_baselines():
-    names, baselines = all_variants(), study()._baselines()
+    names, baselines = all_variants(), build_study()._baselines()
     assert len(names) == len(set(names)) and set(baselines) | set(baselines.values()) <= set(names)
     assert baselines["digits/noise/stuck-1/ternary"] == "digits/noise/stuck-1/float"
     assert baselines["mnist/tiles/adc-5"] == "mnist/tiles/0-effective-weights"

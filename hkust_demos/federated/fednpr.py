@@ -6,15 +6,13 @@
 __all__ = ['RUN_CONFIG', 'LesionNet', 'balanced_softmax_loss', 'class_log_prior', 'npr_logits', 'npr_loss', 'sinkhorn_plan',
            'sinkhorn_assign', 'Prototypes', 'update_prototypes', 'NPRConfig', 'extract_features', 'NPRRegulariser',
            'npr_config', 'skin_federation', 'skin_data', 'flips', 'lesion_net', 'class_recalls', 'recall_metrics',
-           'client_app', 'flower_apps', 'project', 'linear_probe', 'study', 'add_arguments', 'run_command']
+           'client_app', 'flower_apps', 'project', 'linear_probe']
 
 # %% ../../nbs/federated/10_fednpr.ipynb #df745545
 import math
-from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -420,21 +418,3 @@ def linear_probe(
     from sklearn.preprocessing import StandardScaler
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(*(part.numpy() for part in train))
     return recall_metrics(F.one_hot(torch.from_numpy(probe.predict(test[0].numpy())), int(train[1].max()) + 1).float(), test[1])["balanced"]
-
-# %% ../../nbs/federated/10_fednpr.ipynb #9e392ec0
-def study(quick: bool = False):  # -> Study
-    "The study behind this page; see `hkust_demos.federated.fednpr_study`."
-    from hkust_demos.federated.fednpr_study import build_study
-    return build_study(quick)
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    "Options of `hkust-demos fednpr`; see `hkust_demos.federated.fednpr_apply`."
-    from hkust_demos.federated import fednpr_apply
-    fednpr_apply.add_arguments(parser)
-
-
-def run_command(args: Namespace) -> list[Path]:
-    "Run `hkust-demos fednpr`; returns the paths written."
-    from hkust_demos.federated import fednpr_apply
-    return fednpr_apply.run_command(args)

@@ -4,17 +4,14 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'layer_error', 'metric_root', 'low_rank_path', 'predicted_error_curve', 'error_curve', 'output_energy',
-           'allocate_ranks', 'solve_paths', 'CompensatedModel', 'budget_ranks', 'compress_and_compensate', 'study',
-           'add_arguments', 'run_command']
+           'allocate_ranks', 'solve_paths', 'CompensatedModel', 'budget_ranks', 'compress_and_compensate']
 
 # %% ../../nbs/llm/10_eora.ipynb #b65037da
 import copy
-from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 import torch
 from torch import Tensor, nn
 from ..data.text import capital_questions, demo_corpora
@@ -410,21 +407,3 @@ def _sequential(model, statistics, compressor, rank, method, batches, in_place, 
         if progress:
             progress(index + 1, len(blocks))
     return CompensatedModel(result, all_paths)
-
-# %% ../../nbs/llm/10_eora.ipynb #11b08b7d
-def study(quick: bool = False):  # -> Study
-    "The study behind this page; see `hkust_demos.llm.eora_study`."
-    from hkust_demos.llm.eora_study import build_study
-    return build_study(quick)
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    "Options of `hkust-demos eora`; see `hkust_demos.llm.eora_apply`."
-    from hkust_demos.llm import eora_apply
-    eora_apply.add_arguments(parser)
-
-
-def run_command(args: Namespace) -> list[Path]:
-    "Run `hkust-demos eora`; returns the paths written."
-    from hkust_demos.llm import eora_apply
-    return eora_apply.run_command(args)

@@ -38,7 +38,7 @@ from .crossbar import MICRO, CrossbarConfig, wire_transfer
 from .device import NOISE_KINDS, WAN_COEFFICIENTS, DeviceModel, Programmed, program
 from .dynamic2d import DynamicNetwork, Inputs, evaluation_features, make_dynamic, program_network, summarize
 from .energy import EnergyModel, EnergyReport, energy_report
-from .shipped import AMOUNTS, KINDS, TASKS, Task, load_task
+from .shipped import AMOUNTS, KINDS, TASKS, Task, load_task, train
 from .ternary import ProgrammedLayer, chip_layers, deploy, mixed, random_stream
 from ..viz import COLORS, figure_png, house_style, lines
 

@@ -6,7 +6,8 @@
 __all__ = ['Part', 'SETTINGS', 'QUICK', 'VERSION', 'KINDS', 'TUNING_SEED', 'EXITS', 'METRICS', 'ABLATIONS', 'CAREFUL', 'NOISES',
            'NOISE_NETS', 'CHIPS', 'DEVICES', 'WHOLE', 'TILES', 'TILES_SOME', 'CHIP_DESIGNS', 'GROUPS', 'NET_NAMES',
            'QUICK_ROWS', 'Samples', 'thin', 'Setting', 'setting', 'samples', 'trained', 'compare_rates', 'best_rates',
-           'bill', 'judge', 'exits_for', 'stricter', 'at_cut', 'all_variants', 'run', 'noise_map', 'picture', 'study']
+           'bill', 'judge', 'exits_for', 'stricter', 'at_cut', 'all_variants', 'run', 'noise_map', 'picture',
+           'build_study']
 
 # %% ../../nbs/memristor/21_study.ipynb #837f8016
 import hashlib
@@ -444,7 +445,7 @@ def picture(table: pd.DataFrame):
 QUICK_ROWS = ("digits/static", "digits/dynamic", "digits/ablation/float-cam", "digits/noise/range-15", "digits/noise/proportional-15", "digits/tiles/3")
 
 
-def study(
+def build_study(
     quick: bool = False,  # digits only, few rows, two epochs
 ) -> Study:
     "The whole study."

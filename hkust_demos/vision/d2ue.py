@@ -5,14 +5,12 @@
 # %% auto #0
 __all__ = ['ENTROPY_WEIGHT', 'linear_cka', 'repulsion_loss', 'reconstruction_loss', 'EnsembleResult', 'layer_features',
            'train_into', 'train_ensemble', 'cka_matrix', 'UncertaintyMaps', 'dual_space_uncertainty', 'image_scores',
-           'detection_report', 'study', 'train', 'add_arguments', 'run_command']
+           'detection_report']
 
 # %% ../../nbs/vision/10_d2ue.ipynb #6796f6f2
-from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -309,27 +307,3 @@ def __getattr__(name: str):
     if name not in places:
         raise AttributeError(f"module 'hkust_demos.vision.d2ue' has no attribute {name!r}")
     return getattr(import_module(f"hkust_demos.{places[name]}"), name)
-
-
-def study(quick: bool = False):  # -> Study
-    "The study behind this page; see `hkust_demos.vision.d2ue_study`."
-    from hkust_demos.vision.d2ue_study import build_study
-    return build_study(quick)
-
-
-def train(**options) -> list[Path]:
-    "Train the ensembles that the demo ships, or yours; see `hkust_demos.vision.d2ue_apply`."
-    from hkust_demos.vision import d2ue_apply
-    return d2ue_apply.train(**options)
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    "Options of `hkust-demos d2ue`; see `hkust_demos.vision.d2ue_apply`."
-    from hkust_demos.vision import d2ue_apply
-    d2ue_apply.add_arguments(parser)
-
-
-def run_command(args: Namespace) -> list[Path]:
-    "Run `hkust-demos d2ue`; returns the paths written."
-    from hkust_demos.vision import d2ue_apply
-    return d2ue_apply.run_command(args)
