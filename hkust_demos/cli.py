@@ -18,7 +18,7 @@ from .catalog import METHODS, get_method, ready_methods
 
 # %% ../nbs/03_cli.ipynb #d13531af
 def _list(args: argparse.Namespace) -> list[Path]:
-    "Print the ten methods."
+    "Print the methods, ready and coming."
     for method in METHODS.values():
         print(f"{method.name:10} {'ready ' if method.ready else 'coming'}  {method.claim}")
     return []
@@ -63,7 +63,7 @@ def _demo(args: argparse.Namespace) -> list[Path]:
 # %% ../nbs/03_cli.ipynb #8af0b580
 def _add_house_commands(commands, options: dict) -> None:
     "list, study, train, prepare and demo."
-    commands.add_parser("list", help="the ten methods", **options).set_defaults(call=_list)
+    commands.add_parser("list", help="the methods, ready and coming", **options).set_defaults(call=_list)
     study = commands.add_parser("study", help="run a method's study and store table and picture", **options)
     study.add_argument("method", help="name in the catalog")
     study.add_argument("--seeds", type=int, default=3, help="how many seeds")
@@ -93,7 +93,7 @@ def build_parser(
 ) -> argparse.ArgumentParser:
     "All commands; options of one method are filled in."
     options = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser = argparse.ArgumentParser("hkust-demos", description="Ten research methods, from the command line.", **options)
+    parser = argparse.ArgumentParser("hkust-demos", description="Research methods of ten HKUST papers, from the command line; `hkust-demos list` tells which are ready.", **options)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_house_commands(commands, options)
