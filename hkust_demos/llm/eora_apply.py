@@ -170,22 +170,26 @@ def _describe(result: Result, corpora: tuple[Corpus, Corpus], rows: Tensor) -> d
                 versions={p: version(p) for p in ("torch", "transformers", "peft")}, python=platform.python_version())
 
 # %% ../../nbs/llm/12_eora_apply.ipynb #d00bd5b1
+def _jobs(result: Result, extra_ranks: tuple[int, ...]) -> list[tuple[str, dict]]:
+    "What is measured: a label, and the paths that are attached."
+    kept, rank = result.compensated.paths, result.recipe.rank
+    main = "eora" if "eora" in result.paths else next(iter(result.paths))
+    jobs = [("released", {}), ("compressed", {}), (main, kept)]
+    return jobs + [(f"{m} r{r}", _cut(result.paths[m], r)) for m in result.paths for r in sorted({rank, *extra_ranks}) if (m, r) != (main, rank)]
+
+# %% ../../nbs/llm/12_eora_apply.ipynb #224e5750
 def _measured(result: Result, corpora, rows: Tensor, evaluation_tokens: int, extra_ranks: tuple[int, ...]) -> Iterator[Progress]:
     "Fill the report; perplexities on held-out text."
     result.report.update(_describe(result, corpora, rows))
     if not evaluation_tokens:
         return
-    text, kept, compensated = calibration_rows(corpora[1], result.tokenizer, evaluation_tokens), result.compensated.paths, result.compensated
-    main = "eora" if "eora" in result.paths else next(iter(result.paths))
-    jobs = [("released", None, None), ("compressed", None, 0), (main, main, None)]
-    jobs += [(f"{m} r{r}", m, r) for m in result.paths for r in sorted({result.recipe.rank, *extra_ranks})
-             if (m, r) != (main, result.recipe.rank)]
-    for index, (label, method, rank) in enumerate(jobs):
+    text, kept, jobs = calibration_rows(corpora[1], result.tokenizer, evaluation_tokens), result.compensated.paths, _jobs(result, extra_ranks)
+    for index, (label, paths) in enumerate(jobs):
         yield Progress(0.7 + 0.3 * index / len(jobs), f"perplexity, {label}", result.statistics)
-        compensated.swap({} if rank == 0 else kept if rank is None else _cut(result.paths[method], rank))
-        loss = perplexity(result.model if label == "released" else compensated.model, text).nll_per_token
-        result.losses[label], result.sizes[label] = loss, compensated.num_bytes / 1e6 if label != "released" else 0.0
-    compensated.swap(kept)
+        model = result.model if label == "released" else result.compensated.swap(paths).model
+        result.losses[label] = perplexity(model, text).nll_per_token
+        result.sizes[label] = sum(path.num_bytes for path in paths.values()) / 1e6
+    result.compensated.swap(kept)
     result.report.update(evaluation_tokens=text.numel(), perplexity={k: v.mean().exp().item() for k, v in result.losses.items()},
                          ratio_to_compressed={k: list(paired_bootstrap(v, result.losses["compressed"]))
                                               for k, v in result.losses.items() if k != "compressed"})

@@ -174,19 +174,18 @@ def allocate_ranks(
     "Greedy allocation of ranks under a byte budget (optimal up to one item for falling spectra)."
     if budget_bytes < 0 or multiple_of < 1:
         raise ValueError(f"budget_bytes is {budget_bytes} and multiple_of {multiple_of}; they must be at least 0 and 1")
-    names, gains, costs, owners = list(spectra), [], [], []
-    for index, name in enumerate(names):
+    gains, costs, owners = [], [], []
+    for index, name in enumerate(spectra):
         limit = min(len(spectra[name]), max_rank or len(spectra[name])) // multiple_of
         steps = spectra[name].double()[: limit * multiple_of].reshape(limit, multiple_of).sum(1)
         weight = importance[name] if importance else 1 / max(spectra[name].double().sum().item(), 1e-300)
-        cost = sum(shapes[name]) * bytes_per_value * multiple_of
-        gains.append(steps * weight / cost)
-        costs.append(torch.full((limit,), cost, dtype=torch.float64))
+        costs.append(torch.full((limit,), sum(shapes[name]) * bytes_per_value * multiple_of, dtype=torch.float64))
+        gains.append(steps * weight / costs[-1])
         owners.append(torch.full((limit,), index))
     order = torch.cat(gains).argsort(descending=True, stable=True)
     affordable = torch.cat(costs)[order].cumsum(0) <= budget_bytes
-    counts = torch.bincount(torch.cat(owners)[order][affordable], minlength=len(names))
-    return {name: int(count) * multiple_of for name, count in zip(names, counts)}
+    counts = torch.bincount(torch.cat(owners)[order][affordable], minlength=len(spectra))
+    return {name: int(count) * multiple_of for name, count in zip(spectra, counts)}
 
 # %% ../../nbs/llm/04_lowrank.ipynb #f60c806b
 def budget_ranks(

@@ -34,13 +34,10 @@ class CompensatedModel:
 
     def truncate(self, rank: int | dict[str, int]) -> "CompensatedModel":
         "Attach the first directions only: one rank for all layers, or a rank for each."
-        wanted = rank if isinstance(rank, dict) else dict.fromkeys(self.paths, rank)
-        return self.swap({n: p.truncate(min(wanted[n], p.rank)) for n, p in self.paths.items()})
+        wanted = lambda name: rank[name] if isinstance(rank, dict) else rank
+        return self.swap({n: p.truncate(min(wanted(n), p.rank)) for n, p in self.paths.items()})
 
-    @property
-    def num_bytes(self) -> int:
-        "Bytes of all factors as stored."
-        return sum(path.num_bytes for path in self.paths.values())
+    num_bytes = property(lambda self: sum(path.num_bytes for path in self.paths.values()), doc="Bytes of all factors as stored.")
 
     def base_hash(self) -> str:
         "SHA-256 of the compressed base."
@@ -49,7 +46,7 @@ class CompensatedModel:
 # %% ../../nbs/llm/07_whole_model.ipynb #7bbe2bff
 SolveStack = Callable[[dict[str, tuple[Tensor, Tensor]], InputStatistics], dict[str, LowRankPath]]
 
-
+# %% ../../nbs/llm/07_whole_model.ipynb #da88fab1
 def solve_layers(
     model: nn.Module,  # original weights
     compressed: nn.Module,  # the same model, compressed; paths already attached are ignored
