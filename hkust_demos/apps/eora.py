@@ -87,7 +87,7 @@ def _answer_text(compression: str, answer) -> str:
     else:
         model = f"Perplexity was measured at the ranks {', '.join(map(str, MEASURED))}."
     return (f"**{compression}, {_place(answer.name)}**: of the output error, SVD leaves {left['SVD']:.2f}, RMS {left['RMS']:.2f}, "
-            f"**EoRA {left['EoRA']:.2f}** on held-out text (EoRA's own prediction: {left['EoRA, predicted']:.2f}). "
+            f"**EoRA {left['EoRA']:.2f}** on held-out text (on its own calibration text {left['EoRA, predicted']:.2f}). "
             f"All paths: {answer.megabytes:.1f} MB. {model} Calibrated on {about['tokens']:,} tokens.")
 
 # %% ../../nbs/apps/10_eora.ipynb #900667c1
