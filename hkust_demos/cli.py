@@ -87,6 +87,15 @@ def _add_house_commands(commands, options: dict) -> None:
     federate = commands.add_parser("federate", help=f"train over clients: `federate {federated[0]} ...` is the same as `{federated[0]} ...`", **options)
     federate.add_argument("method", choices=federated, help="whose options follow; see hkust-demos METHOD --help")
 
+# %% ../nbs/03_cli.ipynb #b17d14d3
+def _add_data(commands, wanted: str | None, options: dict) -> None:
+    "The command of the public data sets; its module is imported only for it."
+    command = commands.add_parser("data", help="public data sets: list them, check what is here, get what package archives carry", **options)
+    if wanted == "data":
+        module = importlib.import_module("hkust_demos.data.command")
+        module.add_arguments(command)
+        command.set_defaults(call=module.run_command)
+
 # %% ../nbs/03_cli.ipynb #a013c3d8
 def build_parser(
     wanted: str | None = None,  # method whose options are needed; its command module is imported
@@ -97,6 +106,7 @@ def build_parser(
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_house_commands(commands, options)
+    _add_data(commands, wanted, options)
     for name, method in METHODS.items():
         command = commands.add_parser(name, help=method.claim if method.ready else "coming", **options)
         command.set_defaults(call=lambda args: get_method(args.command))

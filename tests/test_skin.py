@@ -300,3 +300,13 @@ def test_ich_tables_that_are_refused(tmp_path, text, sentence):
     (tmp_path / "stage_2_train.csv").write_text(text)
     with pytest.raises(ValueError, match=sentence):
         read_ich_labels(tmp_path / "stage_2_train.csv")
+
+
+def test_one_picture_of_a_phone_refuses_no_folder(tmp_path):
+    "A multi-picture JPEG counts as its photograph, not as pages of which one must be chosen."
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 40), (200, 0, 0)).save(tmp_path / name / "1.png")
+        Image.new("RGB", (40, 40), (200, 0, 0)).save(tmp_path / name / "phone.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (20, 10))])
+    found, _ = read_labelled(tmp_path, size=16)
+    assert len(found.images) == 4 and (found.images[:, 0] > 0.7).all() and (found.images[:, 1] < 0.1).all()

@@ -7,7 +7,7 @@
 In every notebook: the first cell is an H1 and a `> ` sentence; at least two words of text per line of code; no cell over
 25 lines of code and at most 10 % (or one) over 15; every exported function is asserted about further down; cells with imports
 hold nothing else; no `import *` outside hidden cells; no sentence inside `print`; no output over 300 KB; relative links and
-their anchors resolve; exported code imports neither fastcore nor nbdev. Notebooks of the catalog's ready methods also show a
+their anchors resolve; exported code imports neither fastcore nor nbdev; the metadata are those of the house. Notebooks of the catalog's ready methods also show a
 picture within the first five cells (plumbing not counted) and keep at most seven words per line of code. Every other
 notebook calls itself a machinery notebook in its first lines.
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from urllib.parse import unquote
 
-from notebook_files import ROOT, code, directives, label, notebook_paths, read_notebook, text
+from notebook_files import METADATA, ROOT, code, directives, label, notebook_paths, read_notebook, text
 
 MAX_LINES, LONG_LINES, LONG_SHARE = 25, 15, 0.10
 MIN_WORDS, MAX_WORDS = 2.0, 7.0
@@ -271,10 +271,17 @@ def check_role(cells):
         yield "is no notebook of the catalog, and its first three text cells do not call it machinery"
 
 
+def check_metadata(metadata):
+    "Kernel and language, the same in all notebooks: JupyterLab opens them without a question and in color."
+    if metadata != METADATA:
+        yield "its metadata do not name kernel and language as the others do: run tools/run_notebooks.py --metadata"
+
+
 def check_notebook(path, *, is_method=False, is_index=False):
     "All problems of one notebook."
-    cells = read_notebook(path)["cells"]
-    found = [*check_head(cells), *check_lengths(cells), *check_words(cells, is_method), *check_assertions(cells), *check_imports(cells),
+    notebook = read_notebook(path)
+    cells = notebook["cells"]
+    found = [*check_metadata(notebook["metadata"]), *check_head(cells), *check_lengths(cells), *check_words(cells, is_method), *check_assertions(cells), *check_imports(cells),
              *check_prints(cells), *check_outputs(cells), *check_links(cells, path)]
     if is_method:
         found += check_picture(cells)

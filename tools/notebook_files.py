@@ -5,6 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ["", "data", "llm", "vision", "federated", "memristor", "apps"]  # reading order of the folders below nbs/
+# What every notebook's metadata hold. The display name is the one that nbdev_clean writes.
+METADATA = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
 TAG = re.compile(r"^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")
 
 

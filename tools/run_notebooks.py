@@ -4,11 +4,13 @@
     python tools/run_notebooks.py                        every notebook below nbs/
     python tools/run_notebooks.py nbs/llm/10_eora.ipynb  some of them
     python tools/run_notebooks.py --check                run nothing; are outputs there, free of errors and small?
+    python tools/run_notebooks.py --metadata             run nothing; give every notebook the metadata of the house
 
 Cells with `#| eval: false` or a flag of settings.ini's tst_flags are left alone, as nbdev_test leaves them. Each
 notebook runs in a process of its own, in its own folder, and is stopped after --timeout seconds. A notebook is
 written only if all its cells ran. What is stored is made stable, so that a second run gives no `git diff`: no
-stderr (warnings, progress bars), no widgets (their ids change), no execution counts, no memory addresses.
+stderr (warnings, progress bars), no widgets (their ids change), no execution counts, no memory addresses, and of
+the metadata the kernel and the language alone, so that JupyterLab opens it without a question and in color.
 """
 import argparse
 import ast
@@ -21,7 +23,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from notebook_files import ROOT, code, directives, is_skipped, label, notebook_paths, read_notebook, skip_flags, text
+from notebook_files import METADATA, ROOT, code, directives, is_skipped, label, notebook_paths, read_notebook, skip_flags, text
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -39,6 +41,17 @@ def stable_outputs(outputs):
             output = {**output, "text": lines.splitlines(True)}
         kept.append(output)
     return kept
+
+
+def set_metadata(path):
+    "Kernel and language in a notebook's metadata, and nothing else there; True if something changed."
+    from execnb.nbio import write_nb
+
+    notebook = json.loads(Path(path).read_text(encoding="utf-8"))
+    changed = notebook["metadata"] != METADATA
+    if changed:
+        write_nb({**notebook, "metadata": METADATA}, path)
+    return changed
 
 
 def run_here(path, root):
@@ -63,6 +76,7 @@ def run_here(path, root):
         cell.outputs = stable_outputs([dict(output) for output in outputs])
     notebook = nb2dict(notebook)
     clean_nb(notebook)
+    notebook["metadata"] = METADATA
     write_nb(json.loads(json.dumps(notebook)), path)
     return 0
 
@@ -116,6 +130,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", type=Path, help="notebooks (default: all below nbs/)")
     parser.add_argument("--check", action="store_true", help="run nothing, look at the stored outputs")
+    parser.add_argument("--metadata", action="store_true", help="run nothing, set kernel and language")
     parser.add_argument("--timeout", type=float, default=900, help="seconds a notebook may take (default 900)")
     parser.add_argument("--size-mb", type=float, default=1.5, help="largest notebook in MB (default 1.5)")
     parser.add_argument("--workers", type=int, default=1, help="notebooks at a time (default 1)")
@@ -125,6 +140,9 @@ def main(argv=None):
     if args.here:
         return run_here(args.paths[0], args.root)
     paths, failed = args.paths or notebook_paths(args.root), 0
+    if args.metadata:
+        print(f"run_notebooks: metadata set in {sum(map(set_metadata, paths))} of {len(paths)} notebooks")
+        return 0
 
     def work(path):
         started = time.time()

@@ -21,8 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .scans import (MAX_PIXELS, ScanError, _file_bytes, _guarded, _kind, _open_picture, _Wish, _zip_members, read_scan,
-                                    slice_of, to_unit)
+from .containers import zip_members
+from .limits import MAX_PIXELS, ScanError, Wish, file_bytes, guarded, kind_of
+from .pictures import open_picture
+from .scans import cut_spacing, read_scan, slice_of, square_pixels, to_unit
 
 # %% ../../nbs/data/05_skin.ipynb #1f5693e9
 CLASSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC")
@@ -270,11 +272,11 @@ def _square(image, size: int) -> tuple[Tensor, str]:
     return torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255, "gray picture, copied into three colors" if is_gray else ""
 
 
-def _decode(data: bytes, wish: _Wish, size: int) -> tuple[Tensor, str]:
+def _decode(data: bytes, wish: Wish, size: int) -> tuple[Tensor, str]:
     "A picture from its bytes."
-    if _kind(data) != "picture":
+    if kind_of(data) != "picture":
         raise ScanError("is no PNG, JPEG or TIFF; give one of these")
-    return _square(_open_picture(data, wish)[1], size)
+    return _square(open_picture(data, wish)[1], size)
 
 # %% ../../nbs/data/05_skin.ipynb #b79ddfee
 def read_color(
@@ -284,13 +286,14 @@ def read_color(
     max_mb: float = 50,
 ) -> tuple[Tensor, str]:  # (3, size, size) in [0, 1], and a note, empty if there is nothing to say
     "One picture, square and small, or a ScanError whose sentence names the file."
-    path, wish = Path(path), _Wish(int(max_mb * 1e6), MAX_PIXELS, None, None)
-    data = _guarded(path.name, _file_bytes, path, wish)
-    if _kind(data) == "picture":
-        return _guarded(path.name, _decode, data, wish, size)
+    path, wish = Path(path), Wish(int(max_mb * 1e6), MAX_PIXELS, None, None)
+    data = guarded(path.name, file_bytes, path, wish)
+    if kind_of(data) == "picture":
+        return guarded(path.name, _decode, data, wish, size)
     from PIL import Image
-    scan = slice_of(read_scan(path, max_mb=max_mb))
-    picture, _ = _square(Image.fromarray(np.uint8(255 * to_unit(scan))), size)
+    scan = read_scan(path, max_mb=max_mb)
+    gray = to_unit(square_pixels(slice_of(scan), cut_spacing(scan)))
+    picture, _ = _square(Image.fromarray(np.uint8(255 * gray)), size)
     return picture, "a scan, not a photograph of skin: its gray values were copied into three colors"
 
 # %% ../../nbs/data/05_skin.ipynb #058dfccd
@@ -298,19 +301,19 @@ MAX_CLASSES = 64
 _PICTURE = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
-def _zip_pictures(path: Path, wish: _Wish) -> Iterator[tuple[str, object]]:
+def _zip_pictures(path: Path, wish: Wish) -> Iterator[tuple[str, object]]:
     "Names and readers of the pictures in a zip."
-    with zipfile.ZipFile(io.BytesIO(_file_bytes(path, wish))) as archive:
-        for info in _zip_members(archive, wish):
+    with zipfile.ZipFile(io.BytesIO(file_bytes(path, wish))) as archive:
+        for info in zip_members(archive, wish):
             yield info.filename.replace("\\", "/"), lambda info=info: archive.read(info)
 
 
-def _folder_pictures(path: Path, wish: _Wish) -> Iterator[tuple[str, object]]:
+def _folder_pictures(path: Path, wish: Wish) -> Iterator[tuple[str, object]]:
     "Names and readers of the files below a folder."
     for file in sorted(path.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
         if file.is_file() and not file.is_symlink() and not hidden:
-            yield file.relative_to(path).as_posix(), lambda file=file: _file_bytes(file, wish)
+            yield file.relative_to(path).as_posix(), lambda file=file: file_bytes(file, wish)
 
 # %% ../../nbs/data/05_skin.ipynb #fd2c6c4c
 def _class_of(name: str) -> str:
@@ -323,7 +326,7 @@ def _class_of(name: str) -> str:
     return parts[-2]
 
 
-def _collect(path: Path, wish: _Wish, size: int) -> tuple[list[Tensor], list[str], dict[str, int]]:
+def _collect(path: Path, wish: Wish, size: int) -> tuple[list[Tensor], list[str], dict[str, int]]:
     "Pictures, their classes, and how many files were skipped or gray."
     images, classes, notes = [], [], {"skipped": 0, "gray": 0}
     for name, read in (_folder_pictures if path.is_dir() else _zip_pictures)(path, wish):
@@ -331,7 +334,7 @@ def _collect(path: Path, wish: _Wish, size: int) -> tuple[list[Tensor], list[str
             notes["skipped"] += 1
             continue
         classes.append(_class_of(name))
-        image, note = _guarded(f"{path.name}, {name[-60:]}", _decode, read(), wish, size)
+        image, note = guarded(f"{path.name}, {name[-60:]}", _decode, read(), wish, size)
         images.append(image)
         notes["gray"] += bool(note)
     return images, classes, notes
@@ -344,8 +347,8 @@ def read_labelled(
     max_mb: float = 200,  # of the archive, also after unpacking, and of any one picture
 ) -> tuple[ImageSet, list[str]]:  # the set, and notes for its owner
     "Labelled folders of pictures, or a ScanError whose sentence says what is wrong."
-    path, wish = Path(path), _Wish(int(max_mb * 1e6), MAX_PIXELS, None, None)
-    images, classes, found = _guarded(path.name, _collect, path, wish, size,
+    path, wish = Path(path), Wish(int(max_mb * 1e6), MAX_PIXELS, None, None)
+    images, classes, found = guarded(path.name, _collect, path, wish, size,
                                       otherwise="is no readable zip or folder of labelled pictures; give CLASS/picture.png")
     names = tuple(sorted(set(classes)))
     if not 2 <= len(names) <= MAX_CLASSES:
@@ -509,6 +512,6 @@ class IchFolder(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         scan = read_scan(self.root / "stage_2_train" / f"{self.images[index]}.dcm")
-        picture = torch.from_numpy(to_unit(slice_of(scan), *self.window).copy())[None, None]
+        picture = torch.from_numpy(to_unit(square_pixels(slice_of(scan), cut_spacing(scan)), *self.window).copy())[None, None]
         small = torch.nn.functional.interpolate(picture, (self.size, self.size), mode="bilinear", antialias=True)
         return small[0].clamp(0, 1), int(self.labels[index])
