@@ -78,7 +78,7 @@ def test_knobs_answer_from_the_shipped_example(client):
 
 def test_run_starts_without_any_argument(hub):
     "The default run is accepted as it is and reads its text; finishing it takes a minute (slow test below)."
-    job = Client(f"{hub.url}/eora/", verbose=False).submit(api_name="/run")
+    job = Client(f"{hub.url}/eora/", verbose=False, httpx_kwargs={"timeout": 120}).submit(api_name="/run")
     begun = time.monotonic()
     while not any("reading calibration text" in str(state) for state in job.outputs()):
         assert time.monotonic() - begun < 120 and not job.done(), job.status()
