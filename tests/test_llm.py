@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM,
                           MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM)
 
-from hkust_demos.data.text import python_reference, read_documents
+from hkust_demos.data.text import Corpus, python_reference, read_documents, split_corpus
 from hkust_demos.llm import evaluate
 from hkust_demos.llm.compress import _inverse_factor, plain_sweep, prune_sparsegpt, quantize_gptq
 from hkust_demos.llm.adapters import check_adaptable, export_peft, load_peft
@@ -297,6 +297,44 @@ def test_uploads_are_read(tmp_path):
     assert read_documents(tmp_path / "a.txt").documents == ("One.\n\nStill one.", "Two.")
     (tmp_path / "a.jsonl").write_text('{"id": "x", "body": "Long text."}\n')
     assert read_documents(tmp_path / "a.jsonl", field="body").documents == ("Long text.",)
+
+
+@pytest.mark.parametrize("text", ["从前有一座山山上有一座庙" * 300, "むかしむかしあるところにおじいさんとおばあさんがいました。" * 100, "กาลครั้งหนึ่งนานมาแล้ว" * 200,
+                                  "A title in English with some words\n\n\n" + "从前有一座山，山上有一座庙。" * 200, "word " * 900, "एक समय की बात है।" * 200])
+def test_a_text_of_any_script_is_cut_by_its_length(text):
+    parts = split_corpus(Corpus("mine", (text,), "your file", "yours"))
+    assert [part.part for part in parts] == ["calibration", "evaluation"]
+    assert 0.7 < parts[0].n_characters / len(text) < 0.83 and parts[0].n_characters + parts[1].n_characters > 0.99 * len(text)
+    assert parts[0].documents[0] in text and parts[1].documents[0] in text
+
+
+def test_line_separators_inside_of_json_strings(tmp_path):
+    lines = [json.dumps({"text": f"One{sign}two."}, ensure_ascii=False) for sign in "\u2028\u2029\x85"]
+    (tmp_path / "a.jsonl").write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    assert read_documents(tmp_path / "a.jsonl").documents == ("One\u2028two.", "One\u2029two.", "One\x85two.")
+
+
+STORY = "Once upon a time there was a story that went on for a while. "
+
+
+@pytest.mark.parametrize("record, field", [
+    ({"source": "crawl", "id": "a9f3", "story": STORY * 3}, "story"), ({"meta": "from the web", "text": STORY}, "text"),
+    ({"url": "https://example.org/" + "a" * 500, "body": STORY}, "body"), ({"image": "iVBORw0KGgo" * 200, "caption": STORY}, "caption"),
+    ({"text": "see body", "body": STORY * 5}, "body"), ({"title": "一个故事", "内容": "从前有一座山。" * 30}, "内容"), ({"a": "Paris"}, "a"),
+    ({"messages": [{"role": "user", "content": STORY}, {"role": "assistant", "content": STORY}], "model": "x"}, "messages"),
+    ({"conversations": [{"from": "human", "value": STORY}]}, "conversations")])
+def test_the_field_that_is_the_text(tmp_path, record, field):
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(record)] * 3))
+    found = read_documents(tmp_path / "a.jsonl")
+    assert found.source == f"your file a.jsonl, field {field!r}" and len(found.documents) == 3
+    assert found.documents[0].startswith((record[field][0].get("content") or record[field][0]["value"]).strip() if isinstance(record[field], list) else record[field].strip())
+
+
+def test_two_fields_that_could_both_be_the_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"english": STORY, "german": STORY}))
+    with pytest.raises(ValueError, match="'english' and 'german' could both be the text; say which one is meant"):
+        read_documents(tmp_path / "a.jsonl")
+    assert len(read_documents(tmp_path / "a.jsonl", field="german").documents) == 1
 
 
 def test_python_halves_share_no_paragraph():
