@@ -553,3 +553,29 @@ def test_the_page_in_the_docs_is_the_register(root):
         cells = json.loads((root / f"nbs/data/{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
         shown = ["".join(output["data"].get("text/markdown", "")) for cell in cells for output in cell.get("outputs", []) if "data" in output]
         assert [page for page in shown if page] == made
+
+
+@pytest.mark.parametrize("name, builder", [("derm7pt", derm), ("breakhis", lambda r: breakhis(r, "published")), ("ham10000", ham)])
+def test_an_archive_unpacked_into_its_own_folder_is_found(name, builder, tmp_path):
+    builder(tmp_path / COLLECTIONS[name].folders[0] / "unpacked_here")
+    assert len(open_collection(name, tmp_path)) == TINY[name][2]
+
+
+def test_ham_of_dataverse_with_tabs_and_small_letters(tmp_path):
+    ham(tmp_path / "ham10000", form="published")
+    table = tmp_path / "ham10000/HAM10000_metadata"
+    table.with_suffix(".tab").write_text(table.read_text().replace(",", "\t"))
+    table.unlink()
+    for number in (1, 2):
+        (tmp_path / f"ham10000/HAM10000_images_part_{number}").rename(tmp_path / f"ham10000/ham10000_images_part_{number}")
+    assert open_collection("ham10000", tmp_path).labels.tolist() == [0, 0, 1, 7]
+
+
+def test_a_link_to_a_folder_of_sets_is_followed_and_a_home_is_understood(tmp_path, monkeypatch, capsys):
+    brain(tmp_path / "disk/brain_mri")
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(VARIABLE, "~/link/")
+    assert len(open_collection("Brain_MRI")) == 3
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "disk/brain_mri/yes/Y1.jpg"))
+    assert cli.main(["data", "check"]) == 2 and "which is no folder" in capsys.readouterr().err
