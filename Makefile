@@ -49,21 +49,24 @@ demo: $(INSTALLED)  ## install what is missing and open all demos at http://127.
 	@echo "Opening the hub at http://$(HOST):$(PORT) (stop it with Ctrl-C)"
 	@$(BIN)/hkust-demos demo --host $(HOST) --port $(PORT)
 
-test: $(INSTALLED_DEV) browser  ## everything CI checks: library == notebooks, style, notebooks, pytest
+test: $(INSTALLED_DEV) browser  ## everything CI checks: library == notebooks, style, notebooks (nbdev_test), pytest; the time budget
 	$(BIN)/python tools/check_export.py
 	$(BIN)/python tools/check_style.py
 	$(BIN)/python tools/run_notebooks.py --check
 	$(BIN)/python tools/build_readme.py --check
-	$(call limited,1800,$(BIN)/nbdev_test --n_workers 2 --timing)
+	rm -rf build/budget
+	$(call limited,1800,$(BIN)/python tools/time_budget.py notebooks)
 	$(call limited,1800,$(BIN)/python -m pytest -q tests)
+	$(BIN)/python tools/time_budget.py table
 
 test-slow: $(INSTALLED_DEV)  ## what takes minutes and real processes: the federated deployment, Ray where it is installed
 	$(call limited,3600,$(BIN)/python -m pytest -q -m slow -rs tests)
 
 install: $(INSTALLED_DEV)  ## create .venv with everything, start nothing
 
-lab: $(INSTALLED_DEV)  ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab --notebook-dir=nbs
+# tools/jupyter holds settings that JupyterLab reads beside your own: no box that asks about news, no request for updates.
+lab: $(INSTALLED_DEV)  ## open the notebooks in JupyterLab, the front page first
+	JUPYTER_CONFIG_PATH="$(CURDIR)/tools/jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" $(BIN)/jupyter lab --notebook-dir=nbs --LabApp.default_url=/lab/tree/index.ipynb
 
 nbs: $(INSTALLED_DEV)  ## export the library, run every notebook and store its outputs, rebuild README.md
 	$(BIN)/nbdev_export

@@ -26,10 +26,11 @@ import torch
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from hkust_demos.data.phantoms import mni_slices
-from hkust_demos.vision.autoencoders import ConvAutoencoder, lean
-from hkust_demos.vision.d2ue import (_combine, _learner_maps, _spread, dual_space_uncertainty, layer_features, reconstruction_loss,
-                                     repulsion_loss)
-from hkust_demos.vision.d2ue_apply import SHAPE, load_ensemble
+from hkust_demos.vision.autoencoders import ConvAutoencoder, layer_features
+from hkust_demos.vision.d2ue import reconstruction_loss, repulsion_loss
+from hkust_demos.vision.d2ue_ensembles import SHAPE, load_ensemble
+from hkust_demos.vision.lean import lean
+from hkust_demos.vision.uncertainty import _combine, _learner_maps, _spread, dual_space_uncertainty
 
 
 def race(slow, fast, rounds: int) -> tuple[dict, object, object]:

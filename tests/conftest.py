@@ -1,5 +1,7 @@
 "What every test shares: nothing leaves the machine, a hub that runs once, a browser where there is one."
+import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -109,3 +111,69 @@ def hub(tmp_path_factory):
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+class Costs:
+    "CPU seconds of every test file, for the time budget: this process, the children it waited for and those that still run."
+
+    def __init__(self):
+        self.by_file, self.current, self.mark = {}, None, self.now()
+
+    @staticmethod
+    def now():
+        "CPU seconds so far, this process and all below it."
+        waited = resource.getrusage(resource.RUSAGE_CHILDREN)
+        total = time.process_time() + waited.ru_utime + waited.ru_stime
+        for child in psutil.Process().children(recursive=True):
+            try:
+                total += sum(child.cpu_times()[:4])  # its own, and those of children that it waited for
+            except psutil.Error:  # it ended meanwhile
+                continue
+        return total
+
+    def turn_to(self, name):
+        "From here on the costs belong to another name; what ran until now belongs to the last one."
+        if name == self.current:
+            return
+        now = self.now()
+        if self.current is not None:
+            self.by_file[self.current] = self.by_file.get(self.current, 0.0) + max(0.0, now - self.mark)
+        self.current, self.mark = name, now
+
+    def write(self, path):
+        "The costs of the files that ran, beside those of files that ran earlier."
+        self.turn_to(None)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.write_text(json.dumps({**earlier, **{name: round(cost, 2) for name, cost in self.by_file.items()}}, indent=1), encoding="utf-8")
+
+
+COSTS = Costs()
+
+
+def pytest_collection(session):
+    COSTS.turn_to("imports of all test files")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    COSTS.turn_to(item.nodeid.split("::")[0])
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef, request):
+    "What a whole session shares (the hub's start, the browser's) has a row of its own."
+    if fixturedef.scope != "session":
+        return (yield)
+    before = COSTS.current
+    COSTS.turn_to("the shared hub and browser")
+    try:
+        return (yield)
+    finally:
+        COSTS.turn_to(before)
+
+
+def pytest_sessionfinish(session):
+    if not hasattr(session.config, "workerinput"):
+        COSTS.write(ROOT / "build" / "budget" / "tests.json")

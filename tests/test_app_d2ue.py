@@ -13,9 +13,10 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
+from hkust_demos.checkpoints import shipped_folder
 from hkust_demos.data.phantoms import mni_slices
 
-CHOICES = dict(source="paint a lesion", upload=None, index=-1, frame=None, seed=7, kind="hyper", row=26, column=38, radius=5, contrast=0.3,
+CHOICES = dict(source="insert a lesion", upload=None, index=-1, frame=None, seed=7, kind="hyper", row=52, column=76, radius=10, contrast=0.3,
                ensemble="pushed apart (RAR)", n_learners=3, score="dual-space uncertainty (D2UE)", quantile=0.99, opacity=0.6)
 
 
@@ -43,19 +44,28 @@ def slice_file(tmp_path):
 
 
 def test_endpoints_have_names(client):
-    assert {"/run", "/inspect", "/maps", "/retrain", "/stop"} <= set(client.view_api(return_format="dict")["named_endpoints"])
+    assert {"/live", "/run", "/inspect", "/maps", "/retrain", "/stop"} <= set(client.view_api(return_format="dict")["named_endpoints"])
 
 
 def test_the_painted_default_returns_everything(client):
-    text, panels, learners, histogram, similar = press(client)
+    text, panels, learners, histogram, similar = client.predict(api_name="/run")  # no argument: the default example
     assert "healthy slices" in text and "pixel AUROC" in text
     assert all("plot" in picture for picture in (panels, learners, histogram, similar))
     assert json.loads(histogram["plot"])["layout"]["annotations"][0]["text"] == "this slice"
     assert np.shape(json.loads(similar["plot"])["data"][0]["z"]) == (3, 3)
 
 
-@pytest.mark.parametrize("changed", [dict(kind="none"), dict(kind="mass"), dict(ensemble="plain"), dict(score="reconstruction error"),
-                                     dict(row=0, column=0), dict(quantile=0.9, opacity=0)])
+def test_a_move_of_a_knob_answers_with_tiles_and_words(client):
+    tiles, words = client.predict(api_name="/live")
+    stored = json.loads((shipped_folder("d2ue") / "example.json").read_text())
+    assert tiles.count("<img ") == stored["tiles"].count("<img ") == 4 and words == stored["words"]
+    moved = [client.predict(**knob, api_name="/live")[0] for knob in (dict(kind="mass"), dict(row=60), dict(contrast=0.5))]
+    assert len({tiles, *moved}) == 4
+    assert "AUROC" not in client.predict(kind="none", api_name="/live")[1]
+
+
+@pytest.mark.parametrize("changed", [dict(kind="none", quantile=0.9, opacity=0), dict(kind="mass", ensemble="plain"),
+                                     dict(score="reconstruction error", row=0, column=0)])
 def test_other_choices_answer(client, changed):
     assert "healthy slices" in press(client, **changed)[0]
 
@@ -146,8 +156,7 @@ def test_wrong_modality_constant_and_missing_files(client, tmp_path):
         press(client, source="my scan")
 
 
-@pytest.mark.parametrize("ensemble", ["pushed apart (RAR)", "plain"])
-@pytest.mark.parametrize("n_learners", [2, 5])
+@pytest.mark.parametrize("ensemble, n_learners", [("pushed apart (RAR)", 2), ("plain", 5)])
 def test_as_many_learners_as_asked_for(client, ensemble, n_learners):
     text, _, _, _, similar = press(client, ensemble=ensemble, n_learners=n_learners)
     assert f"{n_learners} learners" in text
@@ -206,6 +215,23 @@ def test_trainings_that_cannot_be_are_sentences(client, settings):
     assert "Traceback" not in str(error.value)
 
 
+def test_the_page_opens_finished_and_without_empty_boxes(hub, browser):
+    page, problems = browser.new_page(viewport={"width": 1280, "height": 1000}), []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(f"{hub.url}/d2ue/")
+    page.locator("#finished img").first.wait_for(timeout=20_000)
+    assert page.locator("#finished img:visible").count() == 4
+    assert page.locator("#finished img").evaluate_all("pictures => pictures.every(one => one.complete && one.naturalWidth > 100)")
+    assert page.get_by_text("Map and report (.zip)", exact=True).filter(visible=True).count() == 0
+    assert page.get_by_test_id("matplotlib").filter(visible=True).count() == 0
+    assert page.locator(".js-plotly-plot:visible, .empty:visible").count() == 0
+    before = page.locator("#finished img").first.get_attribute("src")
+    page.get_by_role("radio", name="mass").check()
+    page.wait_for_function("before => document.querySelector('#finished img').src !== before", arg=before, timeout=20_000)
+    page.close()
+    assert problems == []
+
+
 def test_a_person_trains_stops_and_trains_again_by_keyboard(hub, browser):
     page, problems = browser.new_page(viewport={"width": 1280, "height": 1000}), []
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
@@ -223,6 +249,6 @@ def test_a_person_trains_stops_and_trains_again_by_keyboard(hub, browser):
     page.get_by_text("3 learners trained for 1 epoch with").wait_for(timeout=60_000)
     assert page.get_by_role("radio", name="retrained on this page").is_checked()
     page.get_by_role("button", name="Examine").press("Enter")
-    page.get_by_text("Against the painted lesion").wait_for(timeout=60_000)
+    page.get_by_text("Against the inserted lesion").wait_for(timeout=60_000)
     page.close()
     assert problems == []

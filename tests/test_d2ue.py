@@ -1,10 +1,15 @@
 "Properties of D2UE beyond those that its notebooks show."
+import base64
 import copy
+import io
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from hkust_demos.data.phantoms import mni_slices, paint_lesion
@@ -12,7 +17,11 @@ from hkust_demos.data.scans import Scan, read_scan, slice_of, write_scan
 from hkust_demos.vision.autoencoders import ConvAutoencoder, DenseAutoencoder, ReconstructionOutput
 from hkust_demos.vision.d2ue import (cka_matrix, detection_report, dual_space_uncertainty, image_scores, linear_cka, reconstruction_loss,
                                      repulsion_loss, train_ensemble)
-from hkust_demos.vision.d2ue_apply import (examine, examine_scan, from_learner, load_ensemble, to_learner, truth_report)
+from hkust_demos.vision.d2ue_ensembles import healthy_reference, healthy_squares, load_ensemble, retrain
+from hkust_demos.vision.d2ue_findings import examine, examine_scan, truth_report
+from hkust_demos.vision.folders import OneClassImageFolder
+from hkust_demos.vision.frames import from_learner, to_learner
+from hkust_demos.vision.lean import lean
 
 
 def signed(pictures):
@@ -175,6 +184,26 @@ def test_the_card_tells_where_the_weights_come_from():
     assert tensors["rar.scores.dual"].shape == (card["n_held_out"],)
 
 
+def test_the_example_that_is_shipped_is_what_the_code_draws_today():
+    from hkust_demos.checkpoints import shipped_folder
+    from hkust_demos.vision.d2ue_views import EXAMPLE, live_view
+    stored = json.loads((shipped_folder("d2ue") / EXAMPLE).read_text())
+    tiles, words = live_view()
+    drawn, kept = ([np.asarray(Image.open(io.BytesIO(base64.b64decode(one))).convert("RGB"), int) for one in re.findall(r"base64,([^\"]+)", page)]
+                   for page in (tiles, stored["tiles"]))
+    assert words == stored["words"] and len(drawn) == len(kept) == 4
+    assert all(np.abs(a - b).mean() < 1 for a, b in zip(drawn, kept))  # rounding may move a color by a step
+
+
+def test_a_bright_lesion_does_not_darken_the_head():
+    head = mni_slices(1, 5, size=128).images[0]
+    for contrast in (0.3, 0.8):
+        painted, mask = paint_lesion(head, (56, 76), 10, contrast=contrast)
+        squares = [to_learner(picture)[0][0, 0] for picture in (head, painted)]
+        far = ~torch.from_numpy(mask.reshape(64, 2, 64, 2).any((1, 3)))
+        assert (squares[0] - squares[1]).abs()[far].mean() < 0.03
+
+
 def test_healthy_slices_are_ordinary_and_lesions_are_not(ensemble):
     fresh, sick = mni_slices(60, 77).images, mni_slices(60, 77, lesions=True).images
     ordinary = [f.percentile("ensemble_error") for f in examine(list(fresh), ensemble)]
@@ -236,30 +265,24 @@ def test_the_command_writes_map_and_report(tmp_path):
         run_command(parser.parse_args([str(tmp_path / "slice.png"), "--out", str(tmp_path / "maps")]))
 
 
-def test_your_own_healthy_pictures_train_an_ensemble(tmp_path):
+def test_your_own_healthy_pictures_train_an_ensemble(own_pictures, tmp_path):
     from hkust_demos.vision.d2ue_apply import train
-    like = Scan(mni_slices(1, 0).images[0], None, np.eye(4), "MR", "")
-    (tmp_path / "images").mkdir()
-    names = [f"{i:03}.png" for i in range(72)]
-    for name, picture in zip(names, mni_slices(72, 0).images):
-        write_scan(picture, tmp_path / "images" / name, like=like, bits=8)
-    (tmp_path / "data.json").write_text(json.dumps({"train": {"0": names}}))
-    paths = train(str(tmp_path), str(tmp_path / "mine"), epochs=1)
+    paths = train(str(own_pictures), str(tmp_path / "mine"), epochs=1)
     card = json.loads(paths[1].read_text())
-    assert (card["n_train"], card["n_held_out"]) == (64, 8) and str(tmp_path) not in paths[1].read_text()
+    assert (card["n_train"], card["n_held_out"]) == (64, 8) and str(own_pictures) not in paths[1].read_text()
     mine = load_ensemble("plain", str(tmp_path / "mine"))
     assert len(mine.learners) == 3 and examine(mni_slices(1, 3).images[0], mine)[0].map().shape == (64, 64)
     with pytest.raises(FileExistsError, match="already"):
-        train(str(tmp_path), str(tmp_path / "mine"), epochs=1)
-    (tmp_path / "images" / "005.png").unlink()
+        train(str(own_pictures), str(tmp_path / "mine"), epochs=1)
+    shutil.copytree(own_pictures, tmp_path / "less")
+    (tmp_path / "less" / "images" / "005.png").unlink()
     with pytest.raises(FileNotFoundError, match="005.png"):
-        train(str(tmp_path), str(tmp_path / "again"), epochs=1)
+        train(str(tmp_path / "less"), str(tmp_path / "again"), epochs=1)
 
 
 @pytest.mark.parametrize("content, sentence", [({"train": ["a.png"]}, "no list"), ({"train": {"0": []}}, "no list"), ([], "no list"),
                                                ({"train": {"0": ["/etc/passwd"]}}, "bare file names")])
 def test_bad_lists_are_sentences(tmp_path, content, sentence):
-    from hkust_demos.vision.d2ue_apply import OneClassImageFolder
     (tmp_path / "images").mkdir()
     (tmp_path / "data.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=sentence):
@@ -326,8 +349,6 @@ def test_the_shipped_learners_give_the_defined_map(ensemble):
 
 
 def test_maps_leave_networks_as_they_were_and_subclasses_answer_for_themselves():
-    from hkust_demos.vision.autoencoders import lean
-
     class Own(ConvAutoencoder):
         def forward(self, image):
             return super().forward(-image)
@@ -351,8 +372,7 @@ def test_other_numbers_of_shipped_learners_have_their_own_reference(n_learners, 
 
 
 def test_three_shipped_learners_measure_what_is_stored(ensemble):
-    from hkust_demos.vision.d2ue_apply import _slices, healthy_reference
-    measured = healthy_reference(ensemble.learners, _slices(256, 1))
+    measured = healthy_reference(ensemble.learners, healthy_squares(256, 1))
     assert torch.allclose(measured["scores.dual"], ensemble.healthy_scores["dual"], rtol=1e-3)
     assert torch.allclose(measured["pixels.output_std"], ensemble.pixel_quantiles["output_std"], rtol=1e-3, atol=1e-6)
 
@@ -365,8 +385,13 @@ def test_sizes_that_do_not_exist_are_refused():
         load_ensemble("rar", "somewhere", 4)
 
 
-def test_retraining_steps_and_stops():
-    from hkust_demos.vision.d2ue_apply import retrain
+@pytest.fixture()
+def few_slices(monkeypatch):
+    "A training on the page with one batch an epoch."
+    monkeypatch.setattr("hkust_demos.vision.d2ue_ensembles.RETRAIN_SLICES", 64)
+
+
+def test_retraining_steps_and_stops(few_slices):
     steps = retrain(2, 0.5, epochs=2, seed=3)
     first, second = next(steps), next(steps)
     assert first.fraction == 0 and 0 < second.fraction < 1 and "learner 1 of 2, epoch 1 of 2" in second.message
@@ -379,7 +404,6 @@ def test_retraining_steps_and_stops():
 
 @pytest.mark.parametrize("wrong", [dict(n_learners=1), dict(repulsion=-1), dict(repulsion=float("nan")), dict(epochs=0), dict(epochs=1000)])
 def test_a_training_that_cannot_be_is_refused(wrong):
-    from hkust_demos.vision.d2ue_apply import retrain
     with pytest.raises(ValueError, match="from"):
         next(retrain(**wrong))
 

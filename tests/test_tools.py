@@ -16,6 +16,7 @@ import check_export  # noqa: E402
 import check_style  # noqa: E402
 import notebook_files  # noqa: E402
 import run_notebooks  # noqa: E402
+import time_budget  # noqa: E402
 
 HEAD = "# A title\n\n> One sentence.\n\nThis is a machinery notebook with a few words, because every line of code needs company from a reader's language."
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
@@ -362,3 +363,58 @@ def test_requirements_are_pinned():
     for requirement in " ".join(settings.values()).split():
         name = re.split(r"[<>=!~\[]", requirement)[0].lower().replace("_", "-")
         assert name in pins, f"{name} is not in constraints.txt"
+
+
+# time_budget
+
+BUSY = "import time\nbegun = time.process_time()\nwhile time.process_time() < begun + 0.6: pass"
+CHILD = f"import subprocess, sys\nchild = subprocess.run([sys.executable, '-c', {BUSY!r}], check=True)"
+RECORDS = {"one": SimpleNamespace(name="one", title="One", family="apart", notebook="nbs/apart/10_one.ipynb", module="hkust_demos.apart.one",
+                                  study="hkust_demos.apart.one_study", command="hkust_demos.apart.one_apply", app="hkust_demos.apps.one"),
+           "two": SimpleNamespace(name="two", title="Two", family="shared", notebook="nbs/shared/10_two.ipynb", module="hkust_demos.shared.two",
+                                  study="hkust_demos.shared.two_study", command="hkust_demos.shared.two_apply", app="hkust_demos.apps.two"),
+           "three": SimpleNamespace(name="three", title="Three", family="shared", notebook="nbs/shared/20_three.ipynb", module="hkust_demos.shared.three",
+                                    study="hkust_demos.shared.three_study", command="hkust_demos.shared.three_apply", app="hkust_demos.apps.three")}
+MODULES = {"hkust_demos.apart.one_study": "nbs/apart/30_evidence.ipynb", "hkust_demos.apps.one": "nbs/apps/20_page.ipynb"}
+
+
+@pytest.mark.parametrize("name, expected", [("nbs/apart/10_one.ipynb", "one"), ("nbs/apart/30_evidence.ipynb", "one"), ("nbs/apps/20_page.ipynb", "one"),
+                                            ("nbs/apart/12_other.ipynb", "one"), ("nbs/apart/00_machinery.ipynb", None), ("nbs/shared/12_other.ipynb", None),
+                                            ("nbs/shared/13_two_views.ipynb", "two"), ("tests/test_app_three.py", "three"), ("tests/test_threes.py", None),
+                                            ("tests/test_one_resume.py", "one"), ("nbs/index.ipynb", None), ("imports", None)])
+def test_budget_knows_whose_each_file_is(name, expected):
+    assert time_budget.owner(name, RECORDS, MODULES) == expected
+
+
+def test_budget_table_marks_what_is_over_and_nothing_else():
+    notebooks = {"nbs/apart/10_one.ipynb": 46.0, "nbs/apart/30_evidence.ipynb": 19.0, "nbs/shared/10_two.ipynb": 45.0, "imports": 5.0}
+    tests = {"tests/test_one.py": 40.0, "tests/test_app_one.py": 30.0, "tests/test_cli.py": 10.0}
+    rows = {text.split("  <--")[0].split()[0]: text for text in time_budget.table(notebooks, tests, RECORDS, MODULES).splitlines()}
+    over = {name for name, text in rows.items() if text.endswith("<-- over")}
+    assert over == {"apart/10_one.ipynb", "tests"}  # the page, and 70 s of tests
+    assert rows["everything"].split()[-1] == "195.0" and rows["time_budget:"].startswith("time_budget: 2 rows")
+    assert "Three" not in rows  # nothing of it ran
+
+
+def test_budget_counts_processor_time_of_a_notebook_and_its_children(tmp_path):
+    for name, cell in {"busy": BUSY, "child": CHILD, "asleep": "import time\ntime.sleep(0.6)"}.items():
+        write(tmp_path / "nbs" / f"{name}.ipynb", markdown(HEAD), code(cell))
+    (tmp_path / "settings.ini").write_text(SETTINGS)
+    command = [sys.executable, str(ROOT / "tools" / "time_budget.py"), "notebooks", "--imports", "unittest", "--root", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    costs = json.loads((tmp_path / "build/budget/notebooks.json").read_text())
+    assert costs["nbs/busy.ipynb"] > 0.55 and costs["nbs/child.ipynb"] > 0.55 and costs["nbs/asleep.ipynb"] < 0.5 and "imports" in costs
+    write(tmp_path / "nbs" / "busy.ipynb", markdown(HEAD), code("1 / 0"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "busy.ipynb" in done.stderr
+
+
+def test_budget_counts_processor_time_of_a_test_file(tmp_path):
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text().replace("Path(__file__).resolve().parent.parent", "Path(__file__).resolve().parent"))
+    (tmp_path / "test_busy.py").write_text(f"def test_it():\n    " + BUSY.replace("\n", "\n    ") + "\n")
+    (tmp_path / "test_child.py").write_text(f"def test_it():\n    " + CHILD.replace("\n", "\n    ") + "\n")
+    (tmp_path / "test_idle.py").write_text("def test_it():\n    pass\n")
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    costs = json.loads((tmp_path / "build/budget/tests.json").read_text())
+    assert costs["test_busy.py"] > 0.55 and costs["test_child.py"] > 0.55 and costs["test_idle.py"] < 0.3

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'CLASS_NAMES', 'CENTERS', 'ISIC_COUNTS', 'TRAITS', 'PROFILES', 'TONES', 'SUBTYPE_RADIUS', 'SUBTYPE_COLOR',
-           'REDDER', 'JITTER', 'PHANTOM', 'MAX_CLASSES', 'SUBTYPES', 'isic_counts', 'long_tail_counts',
+           'REDDER', 'JITTER', 'PHANTOM', 'MAX_CLASSES', 'KINDS', 'SUBTYPES', 'isic_counts', 'long_tail_counts',
            'dirichlet_counts', 'ImageSet', 'make_lesions', 'SkinFederation', 'make_federation', 'read_color',
            'read_labelled', 'group_split', 'color_constancy', 'IsicFolder', 'read_ich_labels', 'IchFolder']
 
@@ -12,8 +12,9 @@ __all__ = ['CLASSES', 'CLASS_NAMES', 'CENTERS', 'ISIC_COUNTS', 'TRAITS', 'PROFIL
 import io
 import math
 import re
+import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .class_folders import Layout, LayoutError, folder_names, is_leftover, understand, zip_names
 from .containers import zip_members
 from .limits import MAX_PIXELS, ScanError, Wish, file_bytes, guarded, kind_of
-from .pictures import open_picture
 from .scans import cut_spacing, read_scan, slice_of, square_pixels, to_unit
 
 # %% ../../nbs/data/05_skin.ipynb #1f5693e9
@@ -88,6 +89,8 @@ class ImageSet:
     source: str  # what the pictures are, in words
     centers: Tensor  # int64 (N,) client where each comes from
     subtypes: Tensor | None = None  # int64 (N,) known for phantoms only
+    groups: tuple[str, ...] | None = None  # patient or case of each, "" where unknown; known for folders only
+    parts: tuple[str, ...] | None = None  # "train", "test", ... of each as its folder is called, "" for none; known for folders only
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -95,8 +98,9 @@ class ImageSet:
     def take(self, indices: Tensor | Sequence[int]) -> "ImageSet":
         "The chosen pictures, in that order."
         index = torch.as_tensor(np.asarray(indices, dtype=np.int64) if not isinstance(indices, Tensor) else indices)
+        words = {name: None if (old := getattr(self, name)) is None else tuple(old[i] for i in index.tolist()) for name in ("groups", "parts")}
         return replace(self, images=self.images[index], labels=self.labels[index], centers=self.centers[index],
-                       subtypes=None if self.subtypes is None else self.subtypes[index])
+                       subtypes=None if self.subtypes is None else self.subtypes[index], **words)
 
     def counts(self) -> Tensor:
         "(C,) pictures of each class."
@@ -272,15 +276,35 @@ def _square(image, size: int) -> tuple[Tensor, str]:
     return torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255, "gray picture, copied into three colors" if is_gray else ""
 
 
-def _decode(data: bytes, wish: Wish, size: int) -> tuple[Tensor, str]:
-    "A picture from its bytes."
-    if kind_of(data) != "picture":
-        raise ScanError("is no PNG, JPEG or TIFF; give one of these")
-    return _square(open_picture(data, wish)[1], size)
+_STARTS = (b"BM", b"GIF8")
+
+
+def _is_picture(data: bytes) -> bool:
+    "True for the kinds of pictures that Pillow is asked to open."
+    kind = kind_of(data)
+    return kind == "picture" or (kind == "unknown" and (data.startswith(_STARTS) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")))
 
 # %% ../../nbs/data/05_skin.ipynb #b79ddfee
+def _open_color(data: bytes, wish: Wish):
+    "A Pillow image, upright; its size was checked before its pixels were read."
+    from PIL import Image, ImageOps
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF"))
+    wish.check_pixels((image.height, image.width))
+    if getattr(image, "n_frames", 1) > 1 and not data.startswith(b"\xff\xd8"):
+        raise ScanError(f"holds {image.n_frames} pages or pictures; save the one that you mean as a file of its own")
+    return ImageOps.exif_transpose(image)
+
+
+def _decode(data: bytes, wish: Wish, size: int) -> tuple[Tensor, str]:
+    "A picture from its bytes."
+    if not _is_picture(data):
+        raise ScanError(f"is no {KINDS}; save it as one of these")
+    return _square(_open_color(data, wish), size)
+
+# %% ../../nbs/data/05_skin.ipynb #68acd1e0
 def read_color(
-    path: str | Path,  # PNG, JPEG, TIFF; or anything that `read_scan` takes, with a note
+    path: str | Path,  # PNG, JPEG, TIFF, BMP, WebP, GIF; or anything that `read_scan` takes, with a note
     *,
     size: int = 32,
     max_mb: float = 50,
@@ -288,7 +312,7 @@ def read_color(
     "One picture, square and small, or a ScanError whose sentence names the file."
     path, wish = Path(path), Wish(int(max_mb * 1e6), MAX_PIXELS, None, None)
     data = guarded(path.name, file_bytes, path, wish)
-    if kind_of(data) == "picture":
+    if _is_picture(data):
         return guarded(path.name, _decode, data, wish, size)
     from PIL import Image
     scan = read_scan(path, max_mb=max_mb)
@@ -298,48 +322,64 @@ def read_color(
 
 # %% ../../nbs/data/05_skin.ipynb #058dfccd
 MAX_CLASSES = 64
-_PICTURE = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+KINDS = "PNG, JPEG, TIFF, BMP, WebP or GIF"
+_PICTURE = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif")
+_OTHER = (".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".dcm", ".dicom", ".svs", ".ndpi")
 
 
-def _zip_pictures(path: Path, wish: Wish) -> Iterator[tuple[str, object]]:
-    "Names and readers of the pictures in a zip."
-    with zipfile.ZipFile(io.BytesIO(file_bytes(path, wish))) as archive:
-        for info in zip_members(archive, wish):
-            yield info.filename.replace("\\", "/"), lambda info=info: archive.read(info)
+def _zip_files(path: Path, wish: Wish) -> tuple[list[tuple[str, object]], str]:
+    "Names and readers of the files of a zip, and a note on the names."
+    archive = zipfile.ZipFile(io.BytesIO(file_bytes(path, wish)))
+    infos = zip_members(archive, wish)
+    names, note = zip_names(infos)
+    return [(name, lambda info=info: archive.read(info)) for name, info in zip(names, infos) if not is_leftover(name)], note
 
 
-def _folder_pictures(path: Path, wish: Wish) -> Iterator[tuple[str, object]]:
-    "Names and readers of the files below a folder."
-    for file in sorted(path.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.is_file() and not file.is_symlink() and not hidden:
-            yield file.relative_to(path).as_posix(), lambda file=file: file_bytes(file, wish)
+def _folder_files(path: Path, wish: Wish) -> tuple[list[tuple[str, object]], str]:
+    "Names and readers of the files below a folder, and a note on the names."
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.is_symlink()]
+    names, note = folder_names([file.relative_to(path).as_posix() for file in files])
+    return [(name, lambda file=file: file_bytes(file, wish)) for name, file in zip(names, files) if not is_leftover(name)], note
 
 # %% ../../nbs/data/05_skin.ipynb #fd2c6c4c
-def _class_of(name: str) -> str:
-    "The folder right above a picture."
-    parts = name.split("/")
-    if len(parts) < 2:
-        raise ScanError(f"holds {parts[-1][:40]!r} outside of any folder; sort the pictures into one folder a class")
-    if not re.fullmatch(r"[\w .()+-]{1,40}", parts[-2]):
-        raise ScanError(f"has a class folder named {parts[-2][:40]!r}; use up to 40 letters, digits, spaces, dots and dashes")
-    return parts[-2]
+def _understood(files: Sequence[tuple[str, object]]) -> tuple[list[tuple[str, object]], Layout, list[str]]:
+    "The pictures, their layout, and notes; a class without any readable picture is refused."
+    pictures = [file for file in files if file[0].casefold().endswith(_PICTURE)]
+    others = [name for name, _ in files if name.casefold().endswith(_OTHER)]
+    everything = understand([name for name, _ in pictures] + others)
+    layout = understand([name for name, _ in pictures])
+    for name, other in zip(everything.classes[len(pictures):], others):
+        if name is not None and name not in layout.classes:
+            raise ScanError(f"has a class {name!r} of {Path(other).suffix} files only, which are not read; save them as {KINDS}")
+    skipped = [name for name, _ in files if not name.casefold().endswith(_PICTURE)]
+    endings = ", ".join(sorted({Path(name).suffix.casefold() or "no ending" for name in skipped})[:5])
+    return pictures, layout, [f"{len(skipped)} files that are no pictures were skipped ({endings})"] * bool(skipped)
 
-
-def _collect(path: Path, wish: Wish, size: int) -> tuple[list[Tensor], list[str], dict[str, int]]:
-    "Pictures, their classes, and how many files were skipped or gray."
-    images, classes, notes = [], [], {"skipped": 0, "gray": 0}
-    for name, read in (_folder_pictures if path.is_dir() else _zip_pictures)(path, wish):
-        if not name.lower().endswith(_PICTURE):
-            notes["skipped"] += 1
-            continue
-        classes.append(_class_of(name))
-        image, note = guarded(f"{path.name}, {name[-60:]}", _decode, read(), wish, size)
-        images.append(image)
-        notes["gray"] += bool(note)
-    return images, classes, notes
 
 # %% ../../nbs/data/05_skin.ipynb #f38ae7c4
+def _collect(path: Path, wish: Wish, size: int) -> tuple[list[Tensor], Layout, list[str]]:
+    "Pictures, their layout, and notes."
+    files, note = (_folder_files if path.is_dir() else _zip_files)(path, wish)
+    try:
+        files, layout, notes = _understood(files)
+    except LayoutError as error:
+        raise ScanError(str(error)) from error
+    _check_classes(layout)
+    kept = [file for file, name in zip(files, layout.classes) if name is not None]
+    found = [guarded(f"{path.name}, {name[-60:]}", _decode, read(), wish, size) for name, read in kept]
+    n_gray = sum(bool(words) for _, words in found)
+    notes = [note] * bool(note) + [*layout.notes] + notes + [f"{n_gray} gray pictures were copied into three colors"] * bool(n_gray)
+    return [picture for picture, _ in found], layout, notes
+
+
+def _check_classes(layout: Layout) -> None:
+    "Refuse too few or too many classes before a picture is opened."
+    names = sorted({*layout.classes} - {None})
+    if not 2 <= len(names) <= MAX_CLASSES:
+        raise ScanError(f"holds {len(names)} classes ({', '.join(names[:3])}{', ...' * (len(names) > 3)}); 2 to {MAX_CLASSES} are needed, "
+                        f"one folder of {KINDS} each")
+
+# %% ../../nbs/data/05_skin.ipynb #bd59b0b5
 def read_labelled(
     path: str | Path,  # a zip or a folder of CLASS/picture.png
     *,
@@ -348,15 +388,14 @@ def read_labelled(
 ) -> tuple[ImageSet, list[str]]:  # the set, and notes for its owner
     "Labelled folders of pictures, or a ScanError whose sentence says what is wrong."
     path, wish = Path(path), Wish(int(max_mb * 1e6), MAX_PIXELS, None, None)
-    images, classes, found = guarded(path.name, _collect, path, wish, size,
-                                      otherwise="is no readable zip or folder of labelled pictures; give CLASS/picture.png")
+    images, layout, notes = guarded(path.name, _collect, path, wish, size,
+                                     otherwise="is no readable zip or folder of labelled pictures; give CLASS/picture.png")
+    rows = [row for row in zip(layout.classes, layout.groups, layout.parts) if row[0] is not None]
+    classes, groups, parts = zip(*rows)
     names = tuple(sorted(set(classes)))
-    if not 2 <= len(names) <= MAX_CLASSES:
-        raise ScanError(f"{path.name}: holds {len(names)} classes; 2 to {MAX_CLASSES} are needed, one folder of PNG, JPEG or TIFF each")
-    notes = [f"{found['skipped']} files that are no pictures were skipped"] * bool(found["skipped"])
-    notes += [f"{found['gray']} gray pictures were copied into three colors"] * bool(found["gray"])
     labels = torch.tensor([names.index(name) for name in classes])
-    return ImageSet(torch.stack(images), labels, names, f"your pictures from {path.name}", torch.zeros_like(labels)), notes
+    return ImageSet(torch.stack(images), labels, names, f"your pictures from {path.name}", torch.zeros_like(labels),
+                    groups=groups if any(groups) else None, parts=parts if any(parts) else None), notes
 
 # %% ../../nbs/data/05_skin.ipynb #41ac5e9a
 def _table(path: Path, columns: Sequence[str]):

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['Corpus', 'clean_paragraphs', 'python_reference', 'element_descriptions', 'pack_sequences', 'demo_corpora',
-           'MultipleChoice', 'capital_questions', 'read_documents']
+           'MultipleChoice', 'capital_questions', 'read_documents', 'text_field', 'split_corpus']
 
 # %% ../../nbs/data/00_text.ipynb #f2ae85f5
 import json
 import re
 import sqlite3
 import sys
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -173,33 +174,93 @@ def capital_questions(
 def read_documents(
     path: str | Path,  # .txt or .jsonl, UTF-8, at most 5 MB
     *,
-    field: str | None = None,  # of a .jsonl record; None guesses
-) -> Corpus:  # the user's own documents
+    field: str | None = None,  # of a .jsonl record; None decides by evidence, see `text_field`
+) -> Corpus:  # the user's own documents; its source names the field
     "Read calibration text of a user; every refusal is a sentence."
     path = Path(path)
     text = read_text(path, max_mb=5, suffixes=(".txt", ".jsonl"))
     if path.suffix.lower() == ".txt":
-        documents = [block.strip() for block in re.split(r"\n\s*\n\s*\n", text)]
+        documents, source = [block.strip() for block in re.split(r"\n\s*\n\s*\n", text)], f"your file {path.name}"
     else:
-        documents = [_jsonl_document(line, number, field, path.name)
-                     for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        records = [_record(line, number, path.name) for number, line in enumerate(re.split(r"\r?\n|\r", text), 1) if line.strip()]
+        field = field or text_field([record for _, record in records], path.name)
+        documents, source = [_text_of(record, number, field, path.name) for number, record in records], f"your file {path.name}, field {field!r}"
     documents = tuple(d for d in documents if d)
     if not documents:
         raise ValueError(f"{path.name} holds no text")
-    return Corpus(path.stem, documents, f"your file {path.name}", "yours", "all")
+    return Corpus(path.stem, documents, source, "yours", "all")
 
 # %% ../../nbs/data/00_text.ipynb #489ece19
-def _jsonl_document(line: str, number: int, field: str | None, name: str) -> str:
-    "The text of one .jsonl record."
+def _record(line: str, number: int, name: str) -> tuple[int, dict[str, str]]:
+    "The line number and the fields with text of one .jsonl record."
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{name}, line {number}: not valid JSON; each line must be one JSON object") from error
     if not isinstance(record, dict):
         raise ValueError(f"{name}, line {number}: a {type(record).__name__}, not a JSON object with a text field")
-    strings = {key: value for key, value in record.items() if isinstance(value, str)}
-    wanted = [field] if field else ["text", "content", "question", *strings]
-    for key in wanted:
-        if key in strings:
-            return strings[key].strip()
-    raise ValueError(f"{name}, line {number}: no text field {field or ''!r}; fields with text: {sorted(strings) or 'none'}")
+    fields = {key: _turns(value) if isinstance(value, list) else value for key, value in record.items()}
+    return number, {key: value for key, value in fields.items() if isinstance(value, str)}
+
+
+def _turns(value: list) -> str | None:
+    "The turns of a conversation as one text; None for any other list."
+    turns = [turn.get("content", turn.get("value")) if isinstance(turn, dict) else None for turn in value]
+    return "\n\n".join(turns) if turns and all(isinstance(turn, str) for turn in turns) else None
+
+
+def _text_of(record: dict[str, str], number: int, field: str, name: str) -> str:
+    "The text of one record."
+    if field not in record:
+        raise ValueError(f"{name}, line {number}: no text field {field!r}; fields with text: {sorted(record) or 'none'}")
+    return record[field].strip()
+
+# %% ../../nbs/data/00_text.ipynb #a8e877db
+_TEXT_NAMES = ("text", "content", "body", "document", "article", "messages", "conversations", "question")
+
+
+def _prose(value: str) -> int:
+    "Characters of a value that reads like prose; a code, an address or an encoded picture counts nothing."
+    has_words = " " in value.strip() or (not value.isascii() and len(value) > 1)
+    return len(value) if has_words and not re.match(r"\w+://\S+$", value) else 0
+
+
+def text_field(
+    records: Sequence[dict[str, str]],  # fields with text, one dict a record
+    name: str = "the file",  # for the message
+) -> str:  # the field that is the text
+    "Decide by evidence which field of a .jsonl is the text; raises ValueError if two could be."
+    common = {key for key in records[0] if sum(key in record for record in records) == len(records)} if records else set()
+    weights = {key: sum(_prose(record[key]) for record in records) or sum(len(record[key]) for record in records) / 1000 for key in common}
+    ranked = sorted(weights, key=weights.get, reverse=True)
+    if not ranked:
+        raise ValueError(f"{name}, line 1: no text field that all records have; give each a field \"text\"")
+    named = next((key for key in _TEXT_NAMES if 2 * weights.get(key, -1) >= weights[ranked[0]]), None)
+    if named or len(ranked) == 1 or weights[ranked[0]] >= 2 * weights[ranked[1]]:
+        return named or ranked[0]
+    raise ValueError(f"{name}: the fields {ranked[0]!r} and {ranked[1]!r} could both be the text; say which one is meant (--field, or Field in the app)")
+
+# %% ../../nbs/data/00_text.ipynb #f57960dd
+_ENDS = (r"\n\s*\n", r"[.!?…]+[\"'”’)]*\s+|[。！？।॥။។]+[”’」』）]*\s*|\n", r"\s+|[,、，;；]")
+
+
+def _cut_place(text: str, wanted: int) -> int:
+    "An index near the wanted one where a text may be cut: after a paragraph, a sentence or a word, or else before any letter."
+    low, high = int(0.9 * wanted), min(int(1.1 * wanted) + 1, len(text))
+    for end in _ENDS:
+        places = [found.end() for found in re.compile(end).finditer(text, low, high) if found.end() < len(text)]
+        if places:
+            return min(places, key=lambda place: abs(place - wanted))
+    return next((i for i in range(wanted, len(text)) if not unicodedata.combining(text[i]) and unicodedata.category(text[i])[0] != "M"), wanted)
+
+
+def split_corpus(
+    corpus: Corpus,
+    share: float = 0.75,  # of the characters, for calibration
+) -> tuple[Corpus, Corpus]:  # to calibrate, to evaluate
+    "Two parts of a text that do not overlap, whatever its script."
+    if not 0 < share < 1:
+        raise ValueError(f"share is {share}; it must lie between 0 and 1")
+    text = "\n\n".join(corpus.documents)
+    cut = _cut_place(text, int(share * len(text)))
+    return tuple(replace(corpus, documents=(piece.strip(),), part=part) for piece, part in ((text[:cut], "calibration"), (text[cut:], "evaluation")))

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .models import check_tokens
+
 # %% ../../nbs/llm/03_evaluate.ipynb #0ce6ef48
 @dataclass(frozen=True)
 class Perplexity:
@@ -36,6 +38,7 @@ def perplexity(
     "Perplexity of packed sequences; the first token of each row is not predicted."
     if sequences.dim() != 2 or min(sequences.shape) < 1 or sequences.shape[1] < 2:
         raise ValueError(f"sequences has shape {tuple(sequences.shape)}; (n, length of at least 2) is needed")
+    check_tokens(model, sequences)
     losses = []
     for start in range(0, len(sequences), batch_size):
         rows = sequences[start:start + batch_size]
@@ -94,6 +97,7 @@ def _score_rows(model: nn.Module, rows: list[tuple[list[int], int]], pad: int) -
     "Summed log-probability of each row's tokens from its start position on, (n_rows,)."
     length = max(len(ids) for ids, _ in rows)
     tokens = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in rows])
+    check_tokens(model, tokens)
     logp = torch.log_softmax(model(tokens, use_cache=False).logits[:, :-1].float(), -1)
     picked = logp.gather(2, tokens[:, 1:, None])[..., 0]
     place = torch.arange(1, length)
@@ -148,6 +152,7 @@ def next_token_probabilities(
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     if ids.shape[1] == 0:
         raise ValueError("the prompt is empty: write a few words")
+    check_tokens(model, ids)
     return torch.softmax(model(ids, use_cache=False).logits[0, -1].double(), -1)
 
 
@@ -182,6 +187,7 @@ def continue_text(
     encoded = tokenizer(prompt, return_tensors="pt")
     if encoded.input_ids.shape[1] == 0:
         raise ValueError("the prompt is empty: write a few words")
+    check_tokens(model, encoded.input_ids, n_tokens)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     written = model.generate(encoded.input_ids, attention_mask=encoded.attention_mask, max_new_tokens=n_tokens,
                              do_sample=False, pad_token_id=pad)

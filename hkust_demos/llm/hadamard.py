@@ -187,12 +187,15 @@ def _tensors(n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
 def hadamard_transform(
     x: Tensor,  # (..., n)
     normalize: bool = True,  # divide by sqrt(n), so that lengths are kept
+    *,
+    inverse: bool = False,  # x H instead: the way back
 ) -> Tensor:  # (..., n), same dtype
     "x H^T along the last axis with two small products, in float32 or better."
     if not x.is_floating_point():
         raise TypeError(f"x holds {x.dtype}; floating point numbers are needed")
     n, dtype = x.shape[-1], torch.float64 if x.dtype == torch.float64 else torch.float32
     A, B = _tensors(n, dtype, str(x.device))
+    A, B = (A.T, B.T) if inverse else (A, B)
     table = x.to(dtype).reshape(-1, len(A), len(B))
     result = (A @ (table @ B.T)).reshape(x.shape)
     return (result if normalize else result * n**0.5).to(x.dtype)

@@ -17,8 +17,9 @@ from torch import Tensor
 from ..data.phantoms import mni_slices
 from ..study import Study
 from .autoencoders import ConvAutoencoder, DenseAutoencoder
-from .d2ue import (EnsembleResult, UncertaintyMaps, cka_matrix, detection_report, dual_space_uncertainty, image_scores,
-                                     train_ensemble)
+from .d2ue import EnsembleResult, cka_matrix, train_ensemble
+from .detection import detection_report, image_scores
+from .uncertainty import UncertaintyMaps, dual_space_uncertainty
 from ..viz import bars
 
 # %% ../../nbs/vision/11_d2ue_study.ipynb #edbfed7b
@@ -160,18 +161,19 @@ def run(
 
 # %% ../../nbs/vision/11_d2ue_study.ipynb #0e878450
 BARS = {"spread of outputs": "plain/std", "+ repulsion": "rar/std", "DSU": "plain/dsu", "DSU + repulsion (D2UE)": "rar/dsu",
-        "reconstruction error": "plain/ensemble"}
+        "mean image, no network": "trivial/distance", "reconstruction error": "plain/ensemble"}
 
 
 def picture(table: pd.DataFrame):
-    "Pixel AUROC in the first setting that has all rows; None if no setting has."
+    "AUROC of pixels inside the head, in the first setting that has all rows; None if no setting has."
     settings = [s for s in SETTINGS if {f"{s}/{key}" for key in BARS.values()} <= set(table.variant)]
     if not settings:
         return None
-    rows = table.groupby("variant").pixel_auroc.agg(["mean", "std"])
+    rows = table.groupby("variant").brain_auroc.agg(["mean", "std"])
     names = {label: f"{settings[0]}/{key}" for label, key in BARS.items()}
     return bars({label: rows["mean"][key] for label, key in names.items()}, errors={label: rows["std"][key] for label, key in names.items()},
-                title="DSU finds lesions that the spread of outputs misses", y_label="pixel AUROC (higher is better)")
+                title="Inserted lesions: D2UE beats the spread, residuals lead",
+                y_label="AUROC of pixels inside the head (0.5 is chance)", reference={"chance": 0.5})
 
 
 def build_study(quick: bool = False) -> Study:
