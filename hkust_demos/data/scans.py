@@ -30,7 +30,7 @@ def _read_gzip(data: bytes, wish: Wish) -> Scan:
         start = file.read(540)
         kind = kind_of(start)
         if kind not in ("nifti", "dicom"):
-            raise ScanError(f"is a gzip file without NIfTI or DICOM inside; {ACCEPTED}")
+            raise ScanError("is packed twice; unpack it once" if kind == "gzip" else f"is a gzip file without NIfTI or DICOM inside; {ACCEPTED}")
         if kind == "nifti":
             nifti_claim(start, wish)
         unpacked = unzip(file, wish, start)
