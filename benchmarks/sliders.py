@@ -2,9 +2,10 @@
 
     python benchmarks/sliders.py [--moves 8] [--out results/benchmark_sliders.json]
 
-A hub is started and asked through gradio_client, as a page asks it. Each move sets another write noise, the change that leaves nothing in the
-caches; the slider comes first and Run after it, so that both answer for the same new chip. Seconds are those until the sentences with the new
-accuracy arrive, those until the charts do, and CPU time of the hub (one thread). `rms` is the root of the mean squared difference between the
+A hub is started and asked through gradio_client, as a page asks it. First the live knobs of the default page, 20 moves each (thresholds, and the
+prepared steps of write noise), then sliders for which nothing is prepared. Then each move sets another write noise, the change that leaves nothing
+in the caches; the slider comes first and Run after it, so that both answer for the same new chip. Seconds are those until the sentences with the
+new accuracy arrive, those until everything is there (a slider's charts follow in a call of their own), and CPU time of the hub (one thread). `rms` is the root of the mean squared difference between the
 slider's numbers and Run's, in points.
 """
 import argparse
@@ -24,7 +25,8 @@ from gradio_client import Client
 
 CHOICES = dict(source="a test digit", network="8 x 8 pixels", pick="by its number", number=3, drawing=None, picture=None, shape="chair", which=0,
                mesh=None, up="z is up", noise="the same for every cell (range)", amount=0.15, read_noise=0.02, stuck=0, adc_bits=8, rows=128, ohms=0,
-               tolerance=0, mapping="ternary", reestimate=True, seed=0)
+               tolerance=0, mapping="ternary", reestimate=True, seed=0, shift=0)
+OTHERS = (dict(amount=0.12), dict(amount=0.13), dict(tolerance=1), dict(adc_bits=5), dict(read_noise=0.04))  # nothing of these is prepared
 TASKS = {"digits": {}, "mnist": dict(network="28 x 28 pixels (MNIST)"), "shapes": dict(source="a generated shape")}
 NUMBERS = {"dynamic": r"([\d.]+)% right", "static": r"([\d.]+)% without", "work_saved": r"save (-?\d+)% of the work"}
 
@@ -65,12 +67,24 @@ def ask(hub: Hub, page: Client, api_name: str, **changed) -> tuple[dict[str, flo
     return numbers, {"first_s": marks[0], "whole_s": marks[-1], "cpu_s": hub.cpu() - cpu}
 
 
+def knobs(hub: Hub, moves: int) -> dict:
+    "Median and worst seconds of moves of the live knobs, on the default page; then of sliders for which nothing is prepared."
+    from hkust_demos.apps.memristor import LIVE_KNOBS
+    page, found = Client(hub.url, verbose=False), {}
+    for name, values in LIVE_KNOBS.items():
+        took = [ask(hub, page, "/live", **{name: value})[1] for value in (values * moves)[:moves]]
+        found[name] = {"median_s": median(one["whole_s"] for one in took), "worst_s": max(one["whole_s"] for one in took), "cpu_s": median(one["cpu_s"] for one in took)}
+    took = [ask(hub, page, "/live", **changed)[1] for changed in OTHERS]
+    found["others"] = {"median_s": median(one["whole_s"] for one in took), "worst_s": max(one["whole_s"] for one in took), "cpu_s": median(one["cpu_s"] for one in took)}
+    return found
+
+
 def compare(hub: Hub, chosen: dict, moves: int) -> dict:
     "Seconds and agreement of one task."
     page = Client(hub.url, verbose=False)
     ask(hub, page, "/run", **chosen)
-    ask(hub, page, "/live", **chosen, amount=0.3)
-    asked = [[ask(hub, page, name, **chosen, amount=float(amount)) for name in ("/live", "/run")] for amount in np.linspace(0.05, 0.29, moves)]
+    ask(hub, page, "/live", **chosen, amount=0.31)
+    asked = [[ask(hub, page, name, **chosen, amount=float(amount)) for name in ("/live", "/run")] for amount in np.linspace(0.06, 0.29, moves)]
     slider, run = ({name: [pair[side][1][name] for pair in asked] for name in asked[0][side][1]} for side in (0, 1))
     return {"slider": {name: median(values) for name, values in slider.items()}, "slider_worst": {name: max(values) for name, values in slider.items()},
             "run": {name: median(values) for name, values in run.items()}, "ratio_cpu": median(b / a for a, b in zip(slider["cpu_s"], run["cpu_s"])),
@@ -86,6 +100,9 @@ def main() -> None:
     record, hub = {"load_before": os.getloadavg()[0], "moves": args.moves}, Hub()
     try:
         hub.wait()
+        record["knobs"] = knobs(hub, 20)
+        for name, row in record["knobs"].items():
+            print(f"/live, {name}: median {1000 * row['median_s']:.0f} ms, worst {1000 * row['worst_s']:.0f} ms, {1000 * row['cpu_s']:.0f} ms of CPU", flush=True)
         for task, chosen in TASKS.items():
             found = record[task] = compare(hub, chosen, args.moves)
             usual, worst = found["slider"], found["slider_worst"]

@@ -2,7 +2,7 @@
 
     python benchmarks/thresholds.py [--threads 1] [--seeds 3] [--trials 200] [--out results/benchmark_thresholds.json]
 
-The similarities are those of the teaching network of nbs/memristor/02_cam (digits seen through growing numbers of principal components, random
+The similarities are those of the teaching network of nbs/memristor/04_thresholds (digits seen through growing numbers of principal components, random
 ReLU features, a memory programmed with 15 % noise), searched by 400 digits.
 
 1. Nine exits, tolerance 0 and 2 %: time and objective of coordinate descent from one start, with 8 and with 64 restarts; of TPE alone (first trial
@@ -21,8 +21,9 @@ import torch
 from sklearn.datasets import load_digits
 
 from _timing import timed
-from hkust_demos.memristor.cam import SemanticMemory, _coordinate, _global, _grid, _pose, _tpe
+from hkust_demos.memristor.cam import SemanticMemory
 from hkust_demos.memristor.device import DeviceModel
+from hkust_demos.memristor.thresholds import _coordinate, _global, _grid, _pose, _tpe
 
 TRAIN, SEARCH = slice(0, 1000), slice(1000, 1400)
 BLOCK, MATCH, HEAD, GRID = 10_000, 960, 960, 25

@@ -10,6 +10,8 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
+from hkust_demos.apps.fednpr import LIVE_KNOBS
+
 SETTINGS = dict(partition="painted skin, six true clinics", upload=None, clients=3, alpha=0.3, imbalance=0.1, images=30, seed=0, rounds=2, epochs=1, size=32,
                 lam=0.3, clusters=2, start=0)
 VARIANTS = ["FedAvg", "FedNPR, own heads"]
@@ -61,7 +63,31 @@ def chart(figure):
 
 def test_endpoints_have_names(client):
     named = set(client.view_api(return_format="dict")["named_endpoints"])
-    assert {"/partition", "/fitting", "/run", "/stop", "/inside", "/predict", "/split", "/files"} <= named
+    assert {"/live", "/partition", "/fitting", "/run", "/stop", "/inside", "/predict", "/split", "/files"} <= named
+
+
+def test_every_parameter_has_a_name_and_a_default(client):
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    assert all(not p["parameter_name"].startswith("param_") and p["parameter_has_default"] for e in endpoints.values() for p in e["parameters"])
+
+
+def test_the_finished_run_answers_to_its_knobs(client):
+    picture, told = client.predict(api_name="/live")
+    assert picture.startswith("<img") and "data:image/svg+xml;base64," in picture and "Round 30 of 30" in told
+    seen = {client.predict(round_index=r, variant=v, api_name="/live")[0] for r in (0, 12) for v in LIVE_KNOBS["variant"]}
+    assert len(seen) == 6
+    with pytest.raises(AppError, match="rounds 0 to 30|aximum"):
+        client.predict(round_index=31, api_name="/live")
+
+
+def test_a_program_may_say_nothing(hub):
+    page = new_page(hub)
+    job = page.submit(api_name="/run")
+    begun = time.monotonic()
+    while not any("round 1 of 20" in output[0] for output in job.outputs()) and not job.done() and time.monotonic() - begun < 180:
+        time.sleep(0.2)
+    assert job.cancel() and any("round 1 of 20" in output[0] for output in job.outputs())
+    assert "six clinics" in page.predict(api_name="/split")[1] and chart(page.predict(api_name="/partition")[0])["data"]
 
 
 def test_the_split_is_shown_before_any_training(client):
@@ -108,7 +134,7 @@ def test_a_test_picture_and_an_upload(client, trained, tmp_path):
 
 def test_the_files_of_a_run(client, trained):
     with zipfile.ZipFile(client.predict(api_name="/files")) as archive:
-        assert {"weights.safetensors", "card.json", "report.json", "history.csv", "partition.png", "rounds.png", "recall.png", "features.png"} == set(archive.namelist())
+        assert {"weights.safetensors", "card.json", "report.json", "history.csv", "rounds.npz", "partition.png", "rounds.png", "recall.png", "features.png"} == set(archive.namelist())
         assert json.loads(archive.read("report.json"))["not_for_diagnosis"]
         assert Image.open(io.BytesIO(archive.read("features.png"))).size[0] > 400
 
@@ -189,19 +215,28 @@ def test_a_stopped_run_can_be_looked_into(hub):
     assert "After 1 of 1 rounds" in run(page, ["FedNPR"], rounds=1)[1]  # the place is free again
 
 
-def test_a_person_runs_stops_and_asks_by_keyboard(hub, browser):
+def test_a_person_slides_runs_stops_and_asks_by_keyboard(hub, browser):
     page, problems = browser.new_page(viewport={"width": 1366, "height": 768}), []
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", lambda request: None if request.url.startswith(("http://127.0.0.1", "data:", "blob:")) else problems.append(request.url))
     page.goto(f"{hub.url}/fednpr/")
+    picture, empty = page.locator("#finished img"), lambda: page.locator(".empty:visible").count()
+    picture.wait_for(timeout=60_000)
+    page.wait_for_function("document.querySelector('#finished img').naturalWidth > 500", timeout=10_000)
+    assert empty() == 0
+    page.get_by_label("range slider for Round of the finished run").press("ArrowLeft")
+    page.get_by_text("Round 29 of 30").wait_for(timeout=30_000)
+    page.get_by_role("tab", name="Federate").press("Enter")
     page.get_by_text("9 of 48 cells empty").wait_for(timeout=60_000)
+    assert empty() == 0
     page.get_by_label("number input for Pictures of a client").fill("30")
     page.get_by_role("button", name="Run", exact=True).press("Enter")
-    page.get_by_text("After 2 of 30 rounds").wait_for(timeout=120_000)
+    page.get_by_text("After 2 of 20 rounds").wait_for(timeout=120_000)
     page.get_by_role("button", name="Stop", exact=True).press("Enter")
     page.get_by_text("Stopped. After").wait_for(timeout=60_000)
     page.get_by_role("tab", name="Ask").press("Enter")
+    assert empty() == 0
     page.get_by_role("button", name="Ask", exact=True).press("Enter")
     page.get_by_text("the truth is NV").wait_for(timeout=60_000)
     page.set_viewport_size({"width": 390, "height": 844})

@@ -514,7 +514,7 @@ def test_a_set_with_parts_is_chosen_by_part(tmp_path):
     with pytest.raises(ValueError, match="choose one, such as medmnist/pathmnist"):
         open_collection("medmnist", tmp_path)
     assert open_collection("medmnist/pneumoniamnist", tmp_path).classes == ("normal", "pneumonia")
-    with pytest.raises(CollectionMissing, match="no part 'x'"):
+    with pytest.raises(CollectionMissing, match="no part 'x' of it; its parts here are pathmnist, pneumoniamnist"):
         open_collection("medmnist/x", tmp_path)
 
 
@@ -524,11 +524,11 @@ def test_data_check_counts_and_ends_with_an_error_where_a_picture_is_cut(tmp_pat
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     assert cli.main(["data", "check"]) == 0
     shown = capsys.readouterr().out
-    assert "4 pictures of 3 lesions" in shown and "all 4 read" in shown and "2 sets are here, 25 are missing" in shown
+    assert "4 pictures of 3 lesions" in shown and "all 4 read" in shown and "sets here: 2, missing: 25" in shown
     (tmp_path / "ham10000/images/ISIC_0000002.jpg").write_bytes(b"\xff\xd8\xff cut")
     assert cli.main(["data", "check", "ham10000"]) == 2
     both = capsys.readouterr()
-    assert "1 cannot be read, such as ISIC_0000002" in both.out and "1 of 1 sets cannot be read in full" in both.err
+    assert "1 cannot be read, such as ISIC_0000002" in both.out and "sets that cannot be read in full: 1 of 1" in both.err
 
 
 def test_without_the_variable_check_prints_where_to_get_each(capsys):
@@ -537,6 +537,7 @@ def test_without_the_variable_check_prints_where_to_get_each(capsys):
     assert all(record.page in shown for record in COLLECTIONS.values()) and VARIABLE in shown
     assert cli.main(["data", "list"]) == 0 and cli.main(["data", "list", "ham10000"]) == 0
     assert "CC BY-NC-SA 4.0" in capsys.readouterr().out
+    assert cli.main(["data", "check", "ph2"]) == 2 and "named, but not here: 1" in capsys.readouterr().err
     assert cli.main(["data", "list", "cifar"]) == 2 and cli.main(["data", "check", "cifar"]) == 2
 
 
@@ -544,3 +545,38 @@ def test_the_register_and_its_list_load_nothing_heavy():
     program = "import sys; from hkust_demos.cli import main; main(['data', 'list']); print([m for m in ('torch', 'pandas', 'numpy', 'PIL') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_page_in_the_docs_is_the_register(root):
+    from hkust_demos.data.archives import archive_table
+    from hkust_demos.data.collections import markdown_layouts, markdown_table
+    for notebook, made in (("06_collections", [markdown_table(), markdown_layouts()]), ("13_archives", [archive_table()])):
+        cells = json.loads((root / f"nbs/data/{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+        shown = ["".join(output["data"].get("text/markdown", "")) for cell in cells for output in cell.get("outputs", []) if "data" in output]
+        assert [page for page in shown if page] == made
+
+
+@pytest.mark.parametrize("name, builder", [("derm7pt", derm), ("breakhis", lambda r: breakhis(r, "published")), ("ham10000", ham)])
+def test_an_archive_unpacked_into_its_own_folder_is_found(name, builder, tmp_path):
+    builder(tmp_path / COLLECTIONS[name].folders[0] / "unpacked_here")
+    assert len(open_collection(name, tmp_path)) == TINY[name][2]
+
+
+def test_ham_of_dataverse_with_tabs_and_small_letters(tmp_path):
+    ham(tmp_path / "ham10000", form="published")
+    table = tmp_path / "ham10000/HAM10000_metadata"
+    table.with_suffix(".tab").write_text(table.read_text().replace(",", "\t"))
+    table.unlink()
+    for number in (1, 2):
+        (tmp_path / f"ham10000/HAM10000_images_part_{number}").rename(tmp_path / f"ham10000/ham10000_images_part_{number}")
+    assert open_collection("ham10000", tmp_path).labels.tolist() == [0, 0, 1, 7]
+
+
+def test_a_link_to_a_folder_of_sets_is_followed_and_a_home_is_understood(tmp_path, monkeypatch, capsys):
+    brain(tmp_path / "disk/brain_mri")
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(VARIABLE, "~/link/")
+    assert len(open_collection("Brain_MRI")) == 3
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "disk/brain_mri/yes/Y1.jpg"))
+    assert cli.main(["data", "check"]) == 2 and "which is no folder" in capsys.readouterr().err

@@ -1,4 +1,6 @@
 "The federated engine where it teaches nothing: bad inputs, odd data sets, Flower's interfaces that an upgrade may change."
+import hashlib
+import json
 import os
 import random
 import subprocess
@@ -47,27 +49,46 @@ def test_flower_is_the_version_that_was_read():
     assert callable(engine.message_to_proto) and hasattr(engine.TaskIdentity, "_run_id")
 
 
-def test_messages_need_the_identity_that_the_grid_sets():
-    "A fresh process cannot make a message; behind a LocalGrid it can. An upgrade of Flower that changes this fails here."
-    code = """
-from hkust_demos.federated.engine import LocalGrid, ClientApp, Message, RecordDict
+FRESH = """
+import hashlib, json
+from hkust_demos.federated.engine import ClientApp, LocalGrid, Message, RecordDict, digits_apps, run_local
+import flwr.supercore.telemetry as telemetry
+found = {"telemetry": telemetry.FLWR_TELEMETRY_ENABLED}
 try:
     Message(RecordDict(), 1000, "train")
 except RuntimeError as error:
-    print("refused:", error)
+    found["refused"] = str(error)
 LocalGrid(ClientApp(), 1)
-print("made:", Message(RecordDict(), 1000, "train").metadata.dst_node_id)
+found["made"] = Message(RecordDict(), 1000, "train").metadata.dst_node_id
+arrays = run_local(*digits_apps(), 2, {"rounds": 1, "evaluate-clients": False}).arrays
+found["hash"] = hashlib.sha256(b"".join(arrays[k].numpy().tobytes() for k in sorted(arrays))).hexdigest()
+print(json.dumps(found))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert "refused:" in done.stdout and "made: 1000" in done.stdout, done.stdout + done.stderr
 
 
-def test_telemetry_is_off_before_flower_is_imported():
-    "Importing the engine in a clean environment switches telemetry off."
+@pytest.fixture(scope="module")
+def fresh():
+    "What a new process finds, with no word about Flower in its environment."
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FLWR")}
-    code = "import hkust_demos.federated.engine, flwr.supercore.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
-    assert done.stdout.strip() == "0", done.stderr
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=180, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_messages_need_the_identity_that_the_grid_sets(fresh):
+    "A fresh process cannot make a message; behind a LocalGrid it can. An upgrade of Flower that changes this fails here."
+    assert fresh["refused"] and fresh["made"] == 1000
+
+
+def test_telemetry_is_off_before_flower_is_imported(fresh):
+    "Importing the engine in a clean environment switches telemetry off."
+    assert fresh["telemetry"] == "0"
+
+
+def test_digits_apps_repeat_in_another_process(fresh):
+    "The same weights in another Python process."
+    arrays = run_local(*digits_apps(), 2, {"rounds": 1, "evaluate-clients": False}).arrays
+    assert fresh["hash"] == hashlib.sha256(b"".join(arrays[k].numpy().tobytes() for k in sorted(arrays))).hexdigest()
 
 
 @pytest.mark.parametrize("change, word", [({"rounds": 0}, "rounds"), ({"batch-size": 0}, "batch-size"), ({"fraction": 0.0}, "fraction"),
@@ -434,12 +455,3 @@ def test_partitions_of_odd_sizes():
             federate(labels, num_clients=1)
     with pytest.raises(ValueError, match="no examples"):
         label_skew(np.array([[0, 0], [1, 2]]))
-
-
-def test_digits_apps_repeat_in_another_process():
-    "The same weights in another Python process."
-    code = ("from hkust_demos.federated.engine import *; import hashlib\n"
-            "arrays = run_local(*digits_apps(), 2, {'rounds': 1, 'evaluate-clients': False}).arrays\n"
-            "print(hashlib.sha256(b''.join(arrays[k].numpy().tobytes() for k in sorted(arrays))).hexdigest())")
-    hashes = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180).stdout.strip() for _ in range(2)}
-    assert len(hashes) == 1 and len(hashes.pop()) == 64

@@ -10,7 +10,11 @@ import torch
 from PIL import Image
 
 from hkust_demos.federated import fednpr_apply as fa
+from hkust_demos.federated import fednpr_look as look
+from hkust_demos.federated import partition
+from hkust_demos.federated.commands import run_weights
 from hkust_demos.federated.engine import local_state, run_local
+from hkust_demos.federated.runs import SteppedRun, compare, score_table
 
 QUICK = dict(images=24, rounds=1, local_epochs=1, start=0)
 
@@ -42,21 +46,21 @@ def own(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(own):
     "A comparison of two variants on that zip, three clients."
-    *_, last = fa.compare(fa.Plan("folder", clients=3, alpha=5, folder=str(own), rounds=2, local_epochs=1, start=0), ("bsm", "npr-per"))
+    *_, last = compare(fa.FEDNPR, fa.Plan("folder", clients=3, alpha=5, folder=str(own), rounds=2, local_epochs=1, start=0), ("bsm", "npr-per"))
     return last.comparison
 
 
 def test_a_zip_is_federated(trained):
-    federation = trained.federation
+    federation = trained.cohort
     assert federation.shares.classes == ("blue", "green", "red") and federation.shares.counts.sum() == 36 and len(federation.test) == 12
     assert federation.sizes() == federation.shares.counts.sum(1).tolist() and min(federation.sizes()) >= 4
-    assert [row["variant"] for row in trained.table()] == ["bsm", "npr-per"] and all(0 <= row["global"] <= 1 for row in trained.table())
+    assert [row["variant"] for row in score_table(trained)] == ["bsm", "npr-per"] and all(0 <= row["global"] <= 1 for row in score_table(trained))
     assert trained.tracks["npr-per"].config["num-classes"] == 3
 
 
 def test_no_test_picture_is_trained_on(trained):
-    training = {image.numpy().tobytes() for client in trained.federation.clients for image in client.images}
-    testing = {image.numpy().tobytes() for images in (trained.federation.test, *trained.federation.tests) for image in images.images}
+    training = {image.numpy().tobytes() for client in trained.cohort.clients for image in client.images}
+    testing = {image.numpy().tobytes() for images in (trained.cohort.test, *trained.cohort.tests) for image in images.images}
     assert not training & testing and len(training) == 36
 
 
@@ -120,7 +124,7 @@ def test_one_class_clients_are_named_and_trained(tmp_path):
     plan = fa.Plan("folder", clients=3, alpha=0.02, seed=3, folder=str(labelled_zip(tmp_path / "skewed.zip", n=40)), rounds=1, local_epochs=1, start=0)
     shares = fa.share_out(plan)
     assert any((row > 0).sum() == 1 for row in shares.counts) and "a single class" in shares.doubts()[0]
-    *_, last = fa.compare(plan, ("fedavg", "npr", "npr-per"))
+    *_, last = compare(fa.FEDNPR, plan, ("fedavg", "npr", "npr-per"))
     assert all(torch.isfinite(value).all() for track in last.comparison.tracks.values() for value in track.arrays.values())
 
 
@@ -137,21 +141,21 @@ def test_a_changed_zip_is_read_again(tmp_path):
 def test_bad_tables_are_one_sentence(tmp_path, text, told):
     (tmp_path / "table.csv").write_text(text)
     with pytest.raises(ValueError, match=told) as error:
-        fa.read_label_table(tmp_path / "table.csv")
+        partition.read_label_table(tmp_path / "table.csv")
     assert "table.csv" in str(error.value)
 
 
 def test_a_table_with_centers_is_split_by_them(tmp_path):
     (tmp_path / "split.csv").write_text("\ufeffImage,Label,Center\n" + "\n".join(f"i{i},{'ab'[i % 2]},{i % 3}" for i in range(30)))
-    table = fa.read_label_table(tmp_path / "split.csv")
-    assert fa.table_shares(table).counts.tolist() == [[5, 5]] * 3 and fa.table_shares(table).clients == ("0", "1", "2")
+    table = partition.read_label_table(tmp_path / "split.csv")
+    assert partition.table_shares(table).counts.tolist() == [[5, 5]] * 3 and partition.table_shares(table).clients == ("0", "1", "2")
 
 
 @pytest.mark.parametrize("client", [0, 2])
 @pytest.mark.parametrize("variant", ["bsm", "npr-per"])
 def test_a_picture_is_judged(trained, tmp_path, variant, client):
     picture((60, 60, 190), 200, 7).save(tmp_path / "blue.jpg")
-    found = fa.predict(trained.tracks[variant], trained.federation, tmp_path / "blue.jpg", client=client)
+    found = look.predict(trained.tracks[variant], trained.cohort, tmp_path / "blue.jpg", client=client)
     assert set(found.head) == {"blue", "green", "red"} and abs(sum(found.head.values()) - 1) < 1e-5
     assert found.neighbors[0][0] == "blue" or variant == "npr-per"
     assert found.picture.shape == (32, 32, 3) and not any("mean nothing" in text for text in found.warnings)
@@ -159,26 +163,26 @@ def test_a_picture_is_judged(trained, tmp_path, variant, client):
 
 def test_strange_pictures_are_warned_about(trained, tmp_path):
     Image.fromarray(np.uint8(255 * (np.indices((90, 90)).sum(0) // 9 % 2))).save(tmp_path / "board.png")
-    warnings = fa.predict(trained.tracks["bsm"], trained.federation, tmp_path / "board.png").warnings
+    warnings = look.predict(trained.tracks["bsm"], trained.cohort, tmp_path / "board.png").warnings
     assert any("gray" in text for text in warnings) and any("the answer means nothing" in text for text in warnings)
 
 
 def test_what_is_no_picture_is_refused(trained, tmp_path):
     (tmp_path / "words.png").write_text("no picture")
     with pytest.raises(ValueError, match="words.png"):
-        fa.predict(trained.tracks["bsm"], trained.federation, tmp_path / "words.png")
+        look.predict(trained.tracks["bsm"], trained.cohort, tmp_path / "words.png")
 
 
 def test_prototypes_and_own_heads_stay_with_the_clients(trained):
     track = trained.tracks["npr-per"]
     assert not [name for name in track.arrays if "head" in name or "plugin" in name or "centers" in name]
     assert all("plugin.centers" in local_state(context) and "model.head.weight" in local_state(context) for context in track.contexts)
-    assert not [name for name in fa.run_weights(track) if "plugin" in name or "centers" in name]
+    assert not [name for name in run_weights(track) if "plugin" in name or "centers" in name]
 
 
 def test_side_by_side_is_the_same_as_alone():
     plan = fa.Plan(**{**QUICK, "rounds": 2})
-    *_, last = fa.compare(plan, ("fedavg", "npr"))
+    *_, last = compare(fa.FEDNPR, plan, ("fedavg", "npr"))
     for variant, track in last.comparison.tracks.items():
         alone = run_local(*fa.flower_apps(), 6, fa.run_config(plan, variant))
         assert all(torch.equal(value, track.arrays[name]) for name, value in alone.arrays.items())
@@ -187,18 +191,18 @@ def test_side_by_side_is_the_same_as_alone():
 
 def test_stopping_leaves_no_thread_and_keeps_what_there_is():
     before = threading.active_count()
-    running = fa.compare(fa.Plan(**{**QUICK, "rounds": 50}), ("bsm", "npr"))
+    running = compare(fa.FEDNPR, fa.Plan(**{**QUICK, "rounds": 50}), ("bsm", "npr"))
     kept = [next(running) for _ in range(7)][-1].comparison
     running.close()
     assert threading.active_count() == before
-    assert [track.done for track in kept.tracks.values()] == [2, 1] and len(kept.table()) == 2
-    assert fa.feature_map(kept.tracks["npr"], kept.federation).points.keys() == {0, 1}
+    assert [track.done for track in kept.tracks.values()] == [2, 1] and len(score_table(kept)) == 2
+    assert look.feature_map(kept.tracks["npr"], kept.cohort).points.keys() == {0, 1}
 
 
 def test_an_error_in_a_round_reaches_the_one_who_asks():
     def broken(callback):
         raise ValueError("told")
-    run = fa.SteppedRun(broken)
+    run = SteppedRun(broken)
     with pytest.raises(ValueError, match="told"):
         run.step()
     run.stop()
@@ -222,16 +226,16 @@ def command(words):
 def test_the_command_federates_a_zip(own, tmp_path, capsys):
     options = ["--data", own, "--clients", 3, "--alpha", 5, "--rounds", 2, "--local-epochs", 1, "--compare"]
     written = command([*options, "--out", tmp_path / "run"])
-    assert {path.name for path in written} == {"weights.safetensors", "card.json", "report.json", "history.csv", "partition.png", "rounds.png", "recall.png",
+    assert {path.name for path in written} == {"weights.safetensors", "card.json", "report.json", "history.csv", "rounds.npz", "partition.png", "rounds.png", "recall.png",
                                                "features.png"} and all(path.stat().st_size for path in written)
     report, card = (json.loads((tmp_path / "run" / name).read_text()) for name in ("report.json", "card.json"))
-    assert [row["variant"] for row in report["balanced_accuracy"]] == ["fedavg", "bsm", "npr"] and report["not_for_diagnosis"]
+    assert [row["variant"] for row in report["scores"]] == ["fedavg", "bsm", "npr"] and report["not_for_diagnosis"]
     assert "--data DIR" in card["command"] and str(own.parent) not in json.dumps([card, report])
     assert "round 2 of 2" in capsys.readouterr().err
     before = (tmp_path / "run" / "weights.safetensors").read_bytes()
     with pytest.raises(FileExistsError, match="--force"):
         command([*options, "--out", tmp_path / "run"])
-    command([*options, "--out", tmp_path / "run", "--force"])
+    command([*options[:-1], "--out", tmp_path / "run", "--force"])  # alone, as side by side
     assert (tmp_path / "run" / "weights.safetensors").read_bytes() == before
 
 

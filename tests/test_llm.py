@@ -11,6 +11,7 @@ from transformers import (BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMod
 
 from hkust_demos.data.text import Corpus, python_reference, read_documents, split_corpus
 from hkust_demos.llm import evaluate
+from hkust_demos.llm.compress import _inverse_factor, plain_sweep, prune_sparsegpt, quantize_gptq
 from hkust_demos.llm.adapters import check_adaptable, export_peft, load_peft
 from hkust_demos.llm.calibration import collect_input_statistics, compressed_share, linear_layers
 from hkust_demos.llm.evaluate import continue_text, next_token_probabilities, perplexity, run_lm_eval
@@ -367,3 +368,15 @@ def test_missing_lm_eval_is_a_sentence(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(RuntimeError, match=r"hkust-demos\[eval\]"):
         evaluate.run_lm_eval(None, None, ["x"])
+
+
+@pytest.mark.parametrize("options", [dict(bits=3), dict(bits=3, group_size=64), dict(n=2), dict(bits=4, n=2), dict(bits=4, n=2, group_size=64)])
+def test_blocked_walk_is_the_plain_walk(options):
+    "320 columns, so that errors cross from block to block, with and without groups."
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(800, 320, generator=generator) @ (torch.eye(320) + torch.randn(320, 320, generator=generator) / 20)
+    weight, hessian = torch.randn(16, 320, generator=generator), inputs.T @ inputs / 800
+    plain = plain_sweep(weight, _inverse_factor(hessian, 0.01), **options)
+    n, rest = options.get("n"), {k: v for k, v in options.items() if k != "n"}
+    blocked = prune_sparsegpt(weight, hessian, n, **rest) if n else quantize_gptq(weight, hessian, **rest)
+    assert (plain - blocked).norm() < 1e-4 * plain.norm() and (plain - weight).norm() > 0.05 * weight.norm()

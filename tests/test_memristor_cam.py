@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hkust_demos.memristor.cam import (METHODS, ExitPolicy, SemanticMemory, budget_curve, class_centers, exit_objective, exit_scores, match,
-                                       search_thresholds)
+from hkust_demos.memristor.cam import ExitPolicy, SemanticMemory, class_centers, exit_scores, match
 from hkust_demos.memristor.device import DeviceModel, read_sigma
+from hkust_demos.memristor.thresholds import METHODS, budget_curve, exit_objective, search_thresholds
 
 KINDS = ("proportional", "range", "wan2022")
 WIDTHS, CLASSES = (6, 11, 16), 4

@@ -546,6 +546,60 @@ def test_arrays(tmp_path):
         refusal(read_cloud, tmp_path / "a.npy")
 
 
+def globe(n=200):
+    "Points of a ball, (n, 3), as a survey, a scanner or a spreadsheet would hold them."
+    return unit_ball(torch.randn(n, 3, generator=torch.Generator().manual_seed(0))).numpy()
+
+
+@pytest.mark.parametrize("heading, line, note", [
+    ("", "{0};{1};{2}\n", "decimal commas"), ("", "{0} {1} {2}\n", "decimal commas"), ("X;Y;Z\n", "{0};{1};{2}\n", "decimal commas"),
+    ("", "{0};\t{1};\t{2}\r\n", "decimal commas"), ("r g b x y z\n", "255 0 0 {0}. {1}. {2}.\n", "columns 4, 5, 6"),
+    ("//Z,Y,X\n", "{2}.,{1}.,{0}.\n", "columns 3, 2, 1"), ("# id x y z\n", "p7 {0}. {1}. {2}.\n", "columns 2, 3, 4"),
+    ("nx ny nz x[m] y[m] z[m]\n", "0 0 1 {0}. {1}. {2}.\n", "columns 4, 5, 6"), ("Northing,Easting,Height\n", "{1}.,{0}.,{2}.\n", "columns 2, 1, 3"),
+    ('"x","y","z"\n', "{0}.,{1}.,{2}.\n", "points read, 200 used.")])
+def test_point_lists_from_other_countries_and_programs(tmp_path, heading, line, note):
+    points = globe()
+    words = [[f"{value:.6f}" for value in row] for row in points]
+    text = "".join(line.replace("}.", "}").format(*(w if "}." in line else [v.replace(".", ",") for v in w])) for w in words)
+    path = tmp_path / "a.txt"
+    path.write_text(heading + text, newline="")
+    found, notes = read_cloud(path, n_points=200)
+    assert note in " ".join(notes)
+    expected = unit_ball(torch.from_numpy(points))
+    assert torch.cdist(found, expected).amin(1).max() < 1e-3 and torch.cdist(expected, found).amin(1).max() < 1e-3
+
+
+@pytest.mark.parametrize("ending", ["xyz", "npy", "off", "obj", "ply"])
+def test_a_survey_keeps_its_shape(tmp_path, ending):
+    corner, points = np.array([691_000.0, 5_600_000.0, 120.0]), globe().astype(np.float64)
+    path, there = tmp_path / f"a.{ending}", points + corner
+    lines = [" ".join(f"{value:.6f}" for value in row) for row in there]
+    faces = [(i, i + 1, i + 2) for i in range(len(points) - 2)]
+    if ending == "npy":
+        np.save(path, there)
+    elif ending == "off":
+        path.write_text("\n".join(["OFF", f"{len(lines)} {len(faces)} 0", *lines, *(f"3 {a} {b} {c}" for a, b, c in faces)]))
+    elif ending == "obj":
+        path.write_text("\n".join([*(f"v {line}" for line in lines), *(f"f {a + 1} {b + 1} {c + 1}" for a, b, c in faces)]))
+    elif ending == "ply":
+        names = "".join(f"property double {axis}\n" for axis in "xyz")
+        path.write_text(f"ply\nformat ascii 1.0\nelement vertex {len(lines)}\n{names}end_header\n" + "\n".join(lines) + "\n")
+    else:
+        path.write_text("\n".join(lines))
+    found = read_cloud(path, n_points=200, seed=1)[0]
+    assert len(found.unique(dim=0)) == 200
+    if ending in ("xyz", "npy", "ply"):
+        assert torch.cdist(found, unit_ball(torch.from_numpy(points)).float()).amin(1).max() < 1e-3
+
+
+@pytest.mark.parametrize("text, sentence", [("1,5,2,5,3,5\n" * 100, "six whole numbers or three decimal commas"),
+                                            ("x y r g b\n" + "1 2 3 4 5\n" * 100, "does not name x, y and z"),
+                                            ("x y z x\n" + "1 2 3 4\n" * 100, "does not name x, y and z")])
+def test_point_lists_that_mean_two_things(tmp_path, text, sentence):
+    (tmp_path / "a.txt").write_text(text)
+    assert sentence in refusal(read_cloud, tmp_path / "a.txt")
+
+
 def test_read_cloud_refused(tmp_path, monkeypatch):
     "Endings, folders, sizes, arguments, meshes that are only points or nothing."
     (tmp_path / "a.step").write_text("x")

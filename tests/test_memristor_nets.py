@@ -11,8 +11,8 @@ from torch import nn
 from hkust_demos.data.digits import load_digits8, split
 from hkust_demos.memristor.crossbar import CrossbarConfig
 from hkust_demos.memristor.device import DeviceModel, drift, ternarize
-from hkust_demos.memristor.dynamic2d import (TernaryResNet, evaluation_features, load_digit_network, make_dynamic, program_network,
-                                             train_digit_networks, train_network, tune_thresholds)
+from hkust_demos.memristor.dynamic2d import TernaryResNet, evaluation_features, make_dynamic, program_network, train_network, tune_thresholds
+from hkust_demos.memristor.shipped import load_digit_network, train_digit_networks
 from hkust_demos.memristor.ternary import (ProgrammedLayer, TernaryConv2d, TernaryLinear, build_seeded, calibrate, chip_layers, count_macs,
                                            deploy, exit_costs, in_batches, load_network, pack_network, recalibrate_bn, save_network,
                                            ternary_weight, unpack_network)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLLECTIONS', 'VARIABLE', 'Record', 'CollectionMissing', 'data_root', 'get_record', 'missing_sentence',
-           'find_collection', 'open_collection', 'markdown_table', 'markdown_layouts']
+           'find_collection', 'open_collection', 'Source', 'source_of', 'markdown_table', 'markdown_layouts']
 
 # %% ../../nbs/data/06_collections.ipynb #0d5ba58a
 import importlib
@@ -44,7 +44,7 @@ def _add(name: str, title: str, page: str, license: str, citation: str, **more) 
 # %% ../../nbs/data/06_collections.ipynb #e188cc3a
 _add("ham10000", "HAM10000 with the centers and split of Fed-ISIC2019", "https://doi.org/10.7910/DVN/DBW86T", "CC BY-NC-SA 4.0",
      "Tschandl, Rosendahl, Kittler. The HAM10000 dataset. Scientific Data 5, 180161 (2018). Split: Ogier du Terrail et al. FLamby. NeurIPS (2022).",
-     folders="ham10000; HAM10000", marks="HAM10000_metadata; HAM10000_metadata.csv", group="lesion", methods="fednpr vip",
+     folders="ham10000; HAM10000", marks="HAM10000_metadata; HAM10000_metadata.csv; HAM10000_metadata.tab", group="lesion", methods="fednpr vip",
      layout="HAM10000_metadata(.csv); pictures ISIC_*.jpg in images/ or HAM10000_images_part_1/ and _part_2/; optional FLamby's "
             "fed_isic2019_train_test_split.csv (also as train_test_split)",
      holds="10,015 pictures of 7,470 lesions, 7 diagnoses (8 with the split), 4 clinics", reader="picture_sets:read_ham10000")
@@ -231,8 +231,10 @@ def _places(record: Record, root: Path | None) -> Iterator[Path]:
     "Folders of a set that hold what it is recognized by."
     root, seen = root or data_root(), set()
     for name in record.folders if root else ():
-        place = _inside(root, name)
-        if place and place not in seen and any(next(place.glob(mark), None) for mark in record.marks):
+        found = _inside(root, name)
+        deeper = sorted(p for p in found.iterdir() if p.is_dir())[:50] if found else []
+        place = next((p for p in [found, *deeper] if p and any(next(p.glob(mark), None) for mark in record.marks)), None)
+        if place and place not in seen:
             seen.add(place)
             yield place
 
@@ -249,10 +251,10 @@ def find_collection(
     if not record.parts:
         return [("", places[0])]
     found = {_part_name(path, record): place for place in reversed(places) for path in sorted(place.glob(record.parts))}
-    found = {part: place for part, place in sorted(found.items()) if not wanted or part.lower() == wanted.lower()}
-    if not found:
-        raise CollectionMissing(f"{record.title} is here, but no part {wanted!r} of it; {record.layout}")
-    return list(found.items())
+    chosen = [(part, place) for part, place in sorted(found.items()) if not wanted or part.lower() == wanted.lower()]
+    if not chosen:
+        raise CollectionMissing(f"{record.title} is here, but no part {wanted!r} of it; its parts here are {', '.join(sorted(found)) or 'none'} ({record.layout})")
+    return chosen
 
 
 def _part_name(path: Path, record: Record) -> str:
@@ -271,6 +273,28 @@ def open_collection(
     module, _, function = get_record(name).reader.partition(":")
     reader = getattr(importlib.import_module(f"hkust_demos.data.{module}"), function)
     return reader(found[0][1], get_record(name), found[0][0])
+
+# %% ../../nbs/data/06_collections.ipynb #891e7d32
+@dataclass(frozen=True)
+class Source:
+    "What was read, for the table of a study."
+    name: str
+    version: str
+    license: str
+    page: str
+
+
+def source_of(
+    name: str,  # a set of the register, or an archive of `data get`
+    root: str | Path | None = None,  # the folder of the sets; None takes HKUST_DEMOS_DATA
+) -> Source:
+    "Version and licence of a set that is here; CollectionMissing or DataNotInstalled with a sentence if it is not."
+    from hkust_demos.data.archives import ARCHIVES, archive_folder
+    if name in ARCHIVES:
+        archive_folder(name)
+        return Source(name, ARCHIVES[name].filename, ARCHIVES[name].license, f"https://pypi.org/project/{ARCHIVES[name].project}/")
+    record = get_record(name)
+    return Source(name, open_collection(name, root).version(), record.license, record.page)
 
 # %% ../../nbs/data/06_collections.ipynb #21eac3de
 def markdown_table() -> str:

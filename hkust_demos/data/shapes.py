@@ -21,6 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .class_folders import is_leftover
 from .digits import Digits
 from ..viz import house_style
 
@@ -438,18 +439,18 @@ def _fans(lines: list[bytes], n_vertices: int) -> np.ndarray:
 
 # %% ../../nbs/data/04_shapes.ipynb #f73b0eb3
 def _parse_off(data: bytes) -> tuple[Tensor, Tensor]:
-    "Vertices and triangles of the text of an OFF file."
+    "Vertices, in double precision, and triangles of the text of an OFF file."
     lines = [line for line in re.sub(rb"#[^\r\n]*", b"", data.removeprefix(b"\xef\xbb\xbf")).splitlines() if line.strip()]
     n_vertices, n_faces, header = _off_counts(lines)
     if len(lines) != header + n_vertices + n_faces:
         raise ShapeError(f"claims {n_vertices} vertices and {n_faces} faces, but {len(lines) - header} lines follow; copy it again")
     body = lines[header:]
     try:
-        vertices = torch.from_numpy(_numbers(body[:n_vertices], 0, 3, float)).float()
+        vertices = torch.from_numpy(_numbers(body[:n_vertices], 0, 3, float))
         faces = torch.from_numpy(_fans(body[n_vertices:], n_vertices))
     except (ValueError, OverflowError) as error:
         raise error if isinstance(error, ShapeError) else ShapeError("holds something that is not a number; export it again") from error
-    if not vertices.isfinite().all():
+    if not vertices.float().isfinite().all():
         raise ShapeError("holds coordinates that are NaN or infinite; repair the mesh first")
     return vertices, faces
 
@@ -468,10 +469,12 @@ def read_off(
 ) -> tuple[Tensor, Tensor]:  # vertices float32 (V, 3), triangles int64 (F, 3)
     "Read a mesh in the OFF format; polygons become triangles."
     if isinstance(source, bytes):
-        return _parse_off(source)
+        vertices, faces = _parse_off(source)
+        return vertices.float(), faces
     path = Path(source)
     try:
-        return _parse_off(_read_bytes(path))
+        vertices, faces = _parse_off(_read_bytes(path))
+        return vertices.float(), faces
     except (ShapeError, OSError) as error:
         raise ShapeError(f"{path.name}: {error if isinstance(error, ShapeError) else 'cannot be read'}") from error
 
@@ -510,32 +513,65 @@ def _load_mesh(data: bytes, ending: str) -> tuple[Tensor, Tensor]:
         raise ShapeError(f"cannot be read as a mesh in the {ending.upper()} format ({type(error).__name__}); export it again") from error
     if not np.isfinite(vertices).all() or (len(faces) and (faces.min() < 0 or faces.max() >= len(vertices))):
         raise ShapeError("holds coordinates that are not finite, or faces with corners that do not exist; repair the mesh first")
-    return torch.from_numpy(vertices).float(), torch.from_numpy(faces)
+    return torch.from_numpy(vertices), torch.from_numpy(faces)
 
 # %% ../../nbs/data/04_shapes.ipynb #04d84178
 def _is_heading(line: bytes) -> bool:
     "True for a line that is no point: words, or a count alone."
-    words = line.split()
+    words = re.split(rb"[,;\s]+", line.strip())
     return len(words) < 3 or not re.fullmatch(rb"[-+]?(?:[\d.]+(?:[eE][-+]?\d+)?|nan|inf)", words[0])
 
 
-def _text_points(data: bytes) -> Tensor:
-    "The first three numbers of each line; a heading is skipped."
-    plain = re.sub(rb"#[^\r\n]*", b"", data.removeprefix(b"\xef\xbb\xbf")).replace(b",", b" ").replace(b";", b" ")
-    lines = [line for line in plain.splitlines() if line.strip()]
-    start = int(bool(lines) and _is_heading(lines[0]))
-    try:
-        return torch.from_numpy(_numbers(lines[start:], 0, 3, float)).float()
-    except (ValueError, OverflowError) as error:
-        raise ShapeError("has lines that are not three numbers; give x y z on each") from error
+_AXIS = re.compile(rb"(?:(?:pos|position|coord|point)[_.]?)?([xyz])(?:[_.(\[].*)?|(?:(east)(?:ing)?|(north)(?:ing)?|(height|elevation))")
+
+
+def _columns(heading: bytes) -> list[int] | None:
+    "Places of x, y and z in a heading; None if it names no axes."
+    found = [_AXIS.fullmatch(word.strip(b'"')) for word in re.split(rb"[,;\s]+", heading.lower().strip(b"/# \t\r\n"))]
+    axes = [next((axis for axis, name in enumerate(b"xyz") if match[1] == bytes([name]) or match[axis + 2]), None) if match else None for match in found]
+    if not any(axis is not None for axis in axes) or re.match(rb"[-+.\d]", heading.lstrip(b"/# \t")):
+        return None
+    if sorted(axis for axis in axes if axis is not None) != [0, 1, 2]:
+        raise ShapeError("has a heading that does not name x, y and z once each; write one that does, such as x y z r g b")
+    return [axes.index(axis) for axis in range(3)]
 
 # %% ../../nbs/data/04_shapes.ipynb #cfda5cd1
+_GERMAN = re.compile(rb"\s*(?:[-+]?\d*(?:,\d+)?(?:[eE][-+]?\d+)?(?:\s*;\s*|\s+|$)){3,}")
+
+
+def _plain_numbers(lines: list[bytes], has_axes: bool) -> tuple[list[bytes], bool]:
+    "Lines with decimal points and blanks, and whether their commas were decimal."
+    is_decimal = any(b"," in line for line in lines) and all(map(_GERMAN.fullmatch, lines))
+    fields = {line.count(b",") + 1 for line in lines}
+    if not (is_decimal or has_axes) and fields == {6} and not any(sign in line for line in lines for sign in (b".", b" ", b";", b"\t")):
+        raise ShapeError("has six whole numbers or three decimal commas on each line; name the columns in a heading, or save it with decimal points")
+    return [line.replace(b",", b"." if is_decimal else b" ").replace(b";", b" ") for line in lines], is_decimal
+
+
+def _text_points(data: bytes) -> tuple[Tensor, list[str]]:
+    "x, y and z of each line in double precision (n, 3), and what was understood."
+    text = data.removeprefix(b"\xef\xbb\xbf").lstrip()
+    order = _columns(text.split(b"\n", 1)[0])
+    lines = [line for line in re.sub(rb"(?:#|//)[^\r\n]*", b"", text).splitlines() if line.strip()]
+    has_heading = bool(lines) and (_is_heading(lines[0]) if order is None else not text.startswith((b"#", b"//")))
+    body, is_decimal = _plain_numbers(lines[int(has_heading):], order is not None)
+    first, last = min(order or [0]), max(order or [2]) + 1
+    try:
+        points = torch.from_numpy(_numbers(body, first, last, float))[:, [place - first for place in order or range(3)]]
+    except (ValueError, OverflowError) as error:
+        raise ShapeError("has lines that are not three numbers; give x y z on each") from error
+    notes = ["Its decimal commas were read as points."] * is_decimal
+    if order not in (None, [0, 1, 2]):
+        notes.append(f"By its heading, x, y and z are columns {', '.join(str(place + 1) for place in order)}.")
+    return points, notes
+
+# %% ../../nbs/data/04_shapes.ipynb #65cf9b69
 def _array_points(path: Path) -> Tensor:
     "The first three columns of a NumPy array; its claimed size is checked against the file by mapping it."
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
         if found.ndim == 2 and found.shape[1] >= 3 and found.dtype.kind in "fiu":
-            return torch.from_numpy(np.array(found[:, :3], np.float32))
+            return torch.from_numpy(np.array(found[:, :3], np.float64))
     except Exception as error:  # damaged, pickled, cut short
         raise ShapeError("cannot be read as a NumPy array of numbers; save it with numpy.save") from error
     raise ShapeError(f"holds an array of shape {found.shape} and type {found.dtype}; it must be numbers (points, 3)")
@@ -556,21 +592,22 @@ def _cloud_of(path: Path, n_points: int, generator: torch.Generator) -> tuple[Te
     "Points of a file by its ending, and notes."
     ending = path.suffix.lower()[1:]
     data = _read_bytes(path)
-    if ending in ("xyz", "txt", "pts", "npy"):
-        points = _array_points(path) if ending == "npy" else _text_points(data)
-        faces = ()
+    faces, words = (), []
+    if ending in ("xyz", "txt", "pts", "csv", "npy"):
+        points, words = (_array_points(path), []) if ending == "npy" else _text_points(data)
     elif ending in ("off", "obj", "ply", "stl"):
         points, faces = _parse_off(data) if ending == "off" else _load_mesh(data, ending)
     else:
-        raise ShapeError(f"ends in .{ending}; give .off, .obj, .ply, .stl, .xyz, .txt, .pts or .npy")
+        raise ShapeError(f"ends in .{ending}; give .off, .obj, .ply, .stl, .xyz, .txt, .pts, .csv or .npy")
+    points = points - (points.amax(0) + points.amin(0)) / 2 if len(points) else points  # a survey's coordinates are millions of meters
     if not len(faces):
         chosen, notes = _thin(points, n_points, generator)
-        return chosen, [f"{len(points)} points read, {n_points} used.", *notes]
+        return chosen, [f"{len(points)} points read, {n_points} used.", *words, *notes]
     return sample_surface(points, faces, n_points, generator=generator), [f"Mesh of {len(faces)} triangles, sampled at {n_points} points."]
 
 # %% ../../nbs/data/04_shapes.ipynb #1a181c6c
 def read_cloud(
-    path: str | Path,  # .off .obj .ply .stl, or a point list .xyz .txt .pts .npy
+    path: str | Path,  # .off .obj .ply .stl, or a point list .xyz .txt .pts .csv .npy
     *,
     n_points: int = 256,
     up: str = "z",  # the axis that points up in the file: "z" or "y"
@@ -593,7 +630,7 @@ def read_cloud(
 def _off_layout(root: Path, split: str) -> tuple[list[Path], list[int], list[str]]:
     "Files, labels and names of root/class/split/*.off."
     names = sorted(folder.name for folder in root.iterdir() if (folder / split).is_dir())
-    found = [(file, label) for label, name in enumerate(names) for file in sorted((root / name / split).glob("*.off"))]
+    found = [(file, label) for label, name in enumerate(names) for file in sorted((root / name / split).glob("*.off")) if not is_leftover(file.name)]
     return [file for file, _ in found], [label for _, label in found], names
 
 

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEQUENCE', 'Recipe', 'calibration_corpora', 'calibration_rows', 'Progress', 'Result', 'run_recipe', 'share_left',
-           'input_spectrum', 'method_curves', 'layer_grid', 'compare_prompt', 'write_adapter', 'rebuild_base',
-           'add_arguments', 'run_command']
+           'write_adapter', 'rebuild_base', 'add_arguments', 'run_command']
 
 # %% ../../nbs/llm/12_eora_apply.ipynb #ccce9130
 import json
@@ -13,7 +12,6 @@ import platform
 import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +25,8 @@ from .calibration import InputStatistics, stream_input_statistics
 # %% ../../nbs/llm/12_eora_apply.ipynb #e2125986
 from .compress import Compressor, compress_model
 from .eora import CompensatedModel, budget_ranks, error_curve, linear_layers, solve_paths
-from .evaluate import continue_text, kl_divergence, next_token_probabilities, paired_bootstrap, perplexity
-from .lowrank import LowRankPath, attach_paths, compensation_disabled, detach_paths
+from .evaluate import paired_bootstrap, perplexity
+from .lowrank import LowRankPath, attach_paths, detach_paths
 from .models import EMBEDDED, load_llm
 
 # %% ../../nbs/llm/12_eora_apply.ipynb #993e7ad8
@@ -172,22 +170,26 @@ def _describe(result: Result, corpora: tuple[Corpus, Corpus], rows: Tensor) -> d
                 versions={p: version(p) for p in ("torch", "transformers", "peft")}, python=platform.python_version())
 
 # %% ../../nbs/llm/12_eora_apply.ipynb #d00bd5b1
+def _jobs(result: Result, extra_ranks: tuple[int, ...]) -> list[tuple[str, dict]]:
+    "What is measured: a label, and the paths that are attached."
+    kept, rank = result.compensated.paths, result.recipe.rank
+    main = "eora" if "eora" in result.paths else next(iter(result.paths))
+    jobs = [("released", {}), ("compressed", {}), (main, kept)]
+    return jobs + [(f"{m} r{r}", _cut(result.paths[m], r)) for m in result.paths for r in sorted({rank, *extra_ranks}) if (m, r) != (main, rank)]
+
+# %% ../../nbs/llm/12_eora_apply.ipynb #224e5750
 def _measured(result: Result, corpora, rows: Tensor, evaluation_tokens: int, extra_ranks: tuple[int, ...]) -> Iterator[Progress]:
     "Fill the report; perplexities on held-out text."
     result.report.update(_describe(result, corpora, rows))
     if not evaluation_tokens:
         return
-    text, kept, compensated = calibration_rows(corpora[1], result.tokenizer, evaluation_tokens), result.compensated.paths, result.compensated
-    main = "eora" if "eora" in result.paths else next(iter(result.paths))
-    jobs = [("released", None, None), ("compressed", None, 0), (main, main, None)]
-    jobs += [(f"{m} r{r}", m, r) for m in result.paths for r in sorted({result.recipe.rank, *extra_ranks})
-             if (m, r) != (main, result.recipe.rank)]
-    for index, (label, method, rank) in enumerate(jobs):
+    text, kept, jobs = calibration_rows(corpora[1], result.tokenizer, evaluation_tokens), result.compensated.paths, _jobs(result, extra_ranks)
+    for index, (label, paths) in enumerate(jobs):
         yield Progress(0.7 + 0.3 * index / len(jobs), f"perplexity, {label}", result.statistics)
-        compensated.swap({} if rank == 0 else kept if rank is None else _cut(result.paths[method], rank))
-        loss = perplexity(result.model if label == "released" else compensated.model, text).nll_per_token
-        result.losses[label], result.sizes[label] = loss, compensated.num_bytes / 1e6 if label != "released" else 0.0
-    compensated.swap(kept)
+        model = result.model if label == "released" else result.compensated.swap(paths).model
+        result.losses[label] = perplexity(model, text).nll_per_token
+        result.sizes[label] = sum(path.num_bytes for path in paths.values()) / 1e6
+    result.compensated.swap(kept)
     result.report.update(evaluation_tokens=text.numel(), perplexity={k: v.mean().exp().item() for k, v in result.losses.items()},
                          ratio_to_compressed={k: list(paired_bootstrap(v, result.losses["compressed"]))
                                               for k, v in result.losses.items() if k != "compressed"})
@@ -204,62 +206,6 @@ def share_left(
     "Predicted share of the output error that a path leaves."
     curve = error_curve(path.error_spectrum)
     return (curve[path.rank] / curve[0].clamp(min=1e-300)).item()
-
-# %% ../../nbs/llm/12_eora_apply.ipynb #16e31cf2
-def input_spectrum(
-    statistics: InputStatistics,
-) -> tuple[Tensor, float]:  # eigenvalues, descending, mean 1; effective rank
-    "How unevenly a layer's inputs fill their space."
-    eigenvalues = torch.linalg.eigvalsh(statistics.second_moment.double()).flip(0).clamp(min=0)
-    shares = eigenvalues / eigenvalues.sum().clamp(min=1e-300)
-    return eigenvalues / eigenvalues.mean().clamp(min=1e-300), torch.special.entr(shares).sum().exp().item()
-
-# %% ../../nbs/llm/12_eora_apply.ipynb #4c3b3a5a
-def method_curves(
-    result: Result,
-    name: str,  # of a layer
-) -> dict[str, Tensor]:  # method -> (solved rank + 1,) share of the output error left
-    "Error against rank for every solved method, on the calibration text."
-    delta = result.model.get_submodule(name).weight.data - result.compensated.model.get_submodule(name).weight.data
-    gram, curves = delta @ result.statistics[name].second_moment @ delta.T, {}
-    total = gram.trace().clamp(min=1e-30)
-    for method, paths in result.paths.items():
-        U = torch.nn.functional.normalize(paths[name].B, dim=0)
-        removed = ((gram @ U) * U).sum(0).cumsum(0) / total
-        curves[method] = torch.cat([torch.ones(1), 1 - removed])
-    return curves
-
-# %% ../../nbs/llm/12_eora_apply.ipynb #86ba2577
-def layer_grid(
-    values: dict[str, float],  # layer name -> number
-) -> tuple[list[str], list[str], list[list[float]]]:  # blocks, kinds of layer, matrix with NaN for absent ones
-    "Arrange numbers of layers by block and kind."
-    places = {name: re.fullmatch(r".*?\.(\d+)\.(.+)", name) for name in values}
-    cells = {(m[1], m[2].split(".")[-1]): values[n] for n, m in places.items() if m}
-    blocks = sorted({block for block, _ in cells}, key=int)
-    kinds = list(dict.fromkeys(kind for _, kind in cells))
-    return blocks, kinds, [[cells.get((block, kind), float("nan")) for kind in kinds] for block in blocks]
-
-# %% ../../nbs/llm/12_eora_apply.ipynb #5b9d757f
-def compare_prompt(
-    result: Result,
-    prompt: str,
-    *,
-    n_tokens: int = 16,  # to write on
-    k: int = 5,  # likeliest tokens a model
-) -> tuple[dict[str, dict[str, float]], dict[str, tuple[float, str]]]:  # label -> token -> probability; label -> (nats, continuation)
-    "Next-token probabilities and continuations of the three models."
-    if not (prompt or "").strip():
-        raise ValueError("the prompt is empty: write a few words")
-    repaired = result.compensated
-    found, written = {}, {}
-    for label, model in (("released", result.model), ("compressed", repaired.model), ("EoRA", repaired.model)):
-        with compensation_disabled(repaired.model) if label == "compressed" else nullcontext():
-            found[label] = next_token_probabilities(model, result.tokenizer, prompt)
-            written[label] = continue_text(model, result.tokenizer, prompt, n_tokens)
-    top = list(dict.fromkeys(token for p in found.values() for token in p.topk(k).indices.tolist()))
-    table = {label: {repr(result.tokenizer.decode([t]))[1:-1]: p[t].item() for t in top} for label, p in found.items()}
-    return table, {label: (kl_divergence(found["released"], p), written[label]) for label, p in found.items()}
 
 # %% ../../nbs/llm/12_eora_apply.ipynb #667658da
 def write_adapter(

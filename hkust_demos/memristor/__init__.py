@@ -12,11 +12,12 @@ from importlib import import_module
 _ROOMS = {
     "memristor.device": "NOISE_KINDS DRIFT_LAWS Ternary ternarize DeviceModel Programmed program write write_sigma read_sigma drift",
     "memristor.crossbar": "CrossbarConfig Crossbar adc_quantize dac_quantize tiled_mvm solve_ir_drop wire_transfer input_activity",
-    "memristor.cam": "SemanticMemory ExitPolicy ExitResult SearchResult match class_centers exit_scores exit_objective search_thresholds budget_curve",
+    "memristor.cam": "SemanticMemory ExitPolicy ExitResult match class_centers exit_scores",
+    "memristor.thresholds": "SearchResult exit_objective search_thresholds budget_curve",
     "memristor.ternary": "TernaryConv2d TernaryLinear ProgrammedLayer ternary_weight deploy chip_layers calibrate recalibrate_bn count_macs exit_costs "
                          "build_seeded random_stream in_batches pack_network unpack_network save_network load_network",
     "memristor.dynamic2d": "TernaryResNet ResidualBlock DynamicNetwork Ladder ExitTeacher train_network evaluation_features program_network make_dynamic "
-                           "tune_thresholds summarize chip_accuracy train_digit_networks load_digit_network",
+                           "tune_thresholds summarize climb chip_accuracy",
 }
 
 # %% ../../nbs/memristor/24_package.ipynb #0dff1c43
@@ -24,10 +25,14 @@ _ROOMS |= {
     "memristor.pointnet": "LEVELS Level PointNet2Lite SetAbstraction farthest_point_sample ball_query neighborhoods unpack_neighborhoods",
     "memristor.dynamic3d": "cloud_inputs turn_and_scale train_point_network make_dynamic_points",
     "memristor.energy": "COMPONENTS EnergyModel EnergyReport LayerEnergy layer_energies search_energies energy_report",
-    "memristor.shipped": "TASKS AMOUNTS Task Parts load_task task_parts own_parts noisy_device",
-    "memristor.apply": "ChipSettings VirtualChip Explanation Accuracy Tile Yield Largest Sweep build_chip live_task yield_over_chips largest_noise noise_sweep "
-                       "parse_noise read_digit read_shape report_dict",
-    "data.digits": "load_digits8 load_mnist5k load_mnist_folder augment_digits",
+    "memristor.shipped": "TASKS AMOUNTS Task Parts load_task task_parts own_parts noisy_device train_digit_networks load_digit_network",
+    "memristor.settings": "ChipSettings parse_noise",
+    "memristor.core": "live_task",
+    "memristor.explain": "Explanation",
+    "memristor.chip": "VirtualChip Accuracy Tile build_chip",
+    "memristor.sweeps": "Yield Largest Sweep yield_over_chips largest_noise noise_sweep",
+    "memristor.apply": "read_shape report_dict",
+    "data.digits": "load_digits8 load_mnist5k load_mnist_folder augment_digits read_digit",
     "data.shapes": "make_shapes extrude_digits read_off read_cloud sample_surface ModelNetFolder",
 }
 _PLACES = {name: room for room, names in _ROOMS.items() for name in names.split()}

@@ -416,7 +416,7 @@ def _baseline(variant: str) -> str | None:
     return rivals[group] if rivals.get(group, variant) != variant else None
 
 # %% ../../nbs/memristor/21_study.ipynb #3a91fc0e
-NET_NAMES = ("float", "ternary", "float, statistics anew", "ternary, statistics anew")
+NET_NAMES = ("float", "ternary", "float, recalibrated", "ternary, recalibrated")
 
 
 def noise_map(table: pd.DataFrame):
@@ -426,7 +426,7 @@ def noise_map(table: pd.DataFrame):
     if not devices:
         return None
     return heatmap([[rows[f"digits/noise/{device}/{net}"] for net in NOISE_NETS] for device in devices], rows=devices, columns=NET_NAMES,
-                   title="Robust against which noise?", label="test accuracy")
+                   title="Ternary wins where noise does not shrink with the conductance", label="test accuracy")
 
 # %% ../../nbs/memristor/21_study.ipynb #61f4e2e5
 def picture(table: pd.DataFrame):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPONENTS', 'COUNTED', 'EnergyModel', 'LayerEnergy', 'layer_geometry', 'layer_energies', 'search_energies',
-           'EnergyReport', 'energy_report']
+           'EnergyReport', 'bill', 'energy_report', 'joules_text']
 
 # %% ../../nbs/memristor/20_energy.ipynb #323eadfb
 from dataclasses import dataclass, replace
@@ -193,6 +193,25 @@ def _spent(layers: list[LayerEnergy], exit_index: Tensor, n_blocks: int) -> tupl
         by_block[:, one.block] += reached * (one.crossbar + sum(one.fixed.values()))
     return by_component, by_block
 
+# %% ../../nbs/memristor/20_energy.ipynb #979e2918
+def bill(
+    layers: list[LayerEnergy],  # from `layer_energies`
+    searches: list[LayerEnergy],  # from `search_energies`; empty: a network without exits
+    taken: Tensor,  # (N,) exit taken, from 0; E: none
+    *,
+    n_blocks: int,
+    model: EnergyModel = EnergyModel(),
+) -> EnergyReport:
+    "Add up what each sample used, once its layers and searches are priced."
+    never = torch.full_like(taken, n_blocks)
+    (components, blocks), (_, search_blocks), (_, static) = (_spent(*what, n_blocks) for what in ((layers, taken), (searches, taken), (layers, never)))
+    means = {**{name: value.mean().item() for name, value in components.items()}, "search": search_blocks.sum(1).mean().item()}
+    int8 = sum((taken >= one.block).double().mean().item() * one.digital_int8 for one in layers + searches)
+    spent = blocks + search_blocks
+    return EnergyReport(means, spent.mean(0), spent.sum(1), spent.sum(1).mean().item(), static.sum(1).mean().item(), static.mean(0),
+                        sum(one.digital_fp32 for one in layers), sum(one.digital_int8 for one in layers), int8,
+                        sum(one.macs for one in layers) * model.gpu_power / (model.gpu_macs * model.gpu_use))
+
 # %% ../../nbs/memristor/20_energy.ipynb #52f789fc
 def energy_report(
     network: nn.Module,  # with a list `blocks`, trained or from `deploy`
@@ -205,17 +224,10 @@ def energy_report(
     "What these samples cost on the chip and on digital engines."
     n_blocks, n_samples = len(network.blocks), len(inputs[0] if isinstance(inputs, tuple) else inputs)
     _check_exits(exit_index, memory, n_blocks, n_samples)
-    never = torch.full((n_samples,), n_blocks)
     layers, features = layer_energies(network, inputs, model=model)
     searches = [] if exit_index is None else search_energies(memory, features, model=model)
-    taken = never if exit_index is None else exit_index
-    (components, blocks), (_, search_blocks), (_, static) = (_spent(*what, n_blocks) for what in ((layers, taken), (searches, taken), (layers, never)))
-    means = {**{name: value.mean().item() for name, value in components.items()}, "search": search_blocks.sum(1).mean().item()}
-    int8 = sum((taken >= one.block).double().mean().item() * one.digital_int8 for one in layers + searches)
-    spent = blocks + search_blocks
-    return EnergyReport(means, spent.mean(0), spent.sum(1), spent.sum(1).mean().item(), static.sum(1).mean().item(), static.mean(0),
-                        sum(one.digital_fp32 for one in layers), sum(one.digital_int8 for one in layers), int8,
-                        sum(one.macs for one in layers) * model.gpu_power / (model.gpu_macs * model.gpu_use))
+    taken = torch.full((n_samples,), n_blocks) if exit_index is None else exit_index
+    return bill(layers, searches, taken, n_blocks=n_blocks, model=model)
 
 # %% ../../nbs/memristor/20_energy.ipynb #2e83a07a
 def _check_exits(exit_index: Tensor | None, memory: SemanticMemory | None, n_blocks: int, n_samples: int) -> None:
@@ -227,3 +239,13 @@ def _check_exits(exit_index: Tensor | None, memory: SemanticMemory | None, n_blo
         raise ValueError(f"memory is {found}; with exit_index give the SemanticMemory of all {n_blocks} exits")
     if exit_index.shape != (n_samples,) or exit_index.min() < 0 or exit_index.max() > n_blocks:
         raise ValueError(f"exit_index has shape {tuple(exit_index.shape)}; ({n_samples},) numbers from 0 to {n_blocks} (none taken) are needed")
+
+# %% ../../nbs/memristor/20_energy.ipynb #51524384
+def joules_text(
+    joules: float,  # at least 0
+) -> str:
+    "An energy with the prefix that fits."
+    for unit, size in (("mJ", 1e-3), ("µJ", 1e-6), ("nJ", 1e-9)):
+        if joules >= size:
+            return f"{joules / size:.3g} {unit}"
+    return f"{joules * 1e12:.3g} pJ"

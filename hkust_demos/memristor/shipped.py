@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TASKS', 'NET_SEED', 'SPLIT_SEED', 'EPOCHS', 'POINTS', 'CALIBRATION', 'MOVED', 'OWN_SAMPLES', 'AMOUNTS', 'SWEEP_CHIPS',
            'KINDS', 'Parts', 'task_parts', 'own_parts', 'noisy_device', 'augmentation', 'train_task', 'train', 'Task',
-           'as_input', 'load_task']
+           'as_input', 'load_task', 'train_digit_networks', 'load_digit_network']
 
 # %% ../../nbs/memristor/13_shipped.ipynb #288b2b23
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -24,7 +24,8 @@ from .device import NOISE_KINDS, DeviceModel
 from .dynamic2d import Inputs, TernaryResNet, chip_accuracy, evaluation_features, make_dynamic, train_network
 from .dynamic3d import cloud_inputs, turn_and_scale
 from .pointnet import PointNet2Lite
-from .ternary import build_seeded, in_batches, pack_network, random_stream, unpack_network
+from .ternary import (build_seeded, in_batches, load_network, pack_network, random_stream, save_network,
+                                           unpack_network)
 
 # %% ../../nbs/memristor/13_shipped.ipynb #4d5c4cbd
 TASKS = ("digits", "mnist", "shapes")
@@ -395,3 +396,33 @@ def _travelled(name: str, tensors: dict[str, Tensor], card: dict) -> Parts:
     "Samples that travelled with weights of your own."
     roles = [(as_input(name, tensors[f"{role}.inputs"].float()), tensors[f"{role}.labels"].long()) for role in ("calibration", "validation", "test")]
     return Parts(roles[0], *roles, tuple(card["tasks"][name]["classes"]), card["data"][name])
+
+# %% ../../nbs/memristor/13_shipped.ipynb #3e5f7089
+def train_digit_networks(
+    folder: str | Path,  # made if missing; one sub-folder a network
+    *,
+    seeds: Sequence[int] = (0,),
+    epochs: int = 25,
+    kinds: Sequence[str] = ("ternary", "float"),
+    progress: Callable[[str, int, int], None] | None = None,  # called with (network, epochs done, epochs)
+    **settings,  # of TernaryResNet
+) -> list[Path]:  # files written
+    "Train networks on 8 x 8 digits and store them."
+    train, validation, test = split(load_digits8(), [1000, 297, 500])
+    written = []
+    for name, kind, seed in [(f"digits-{kind}-{seed}", kind, seed) for kind in kinds for seed in seeds]:
+        network = build_seeded(partial(TernaryResNet, quantize=kind == "ternary", **settings), seed=seed)
+        train_network(network, train.images, train.labels, epochs=epochs, seed=seed,
+                      progress=progress and partial(progress, name))
+        right = evaluation_features(network, test.images)[0].argmax(1) == test.labels
+        card = {"command": "hkust-demos train memristor", "data": train.source, "seed": seed, "epochs": epochs,
+                "metrics": {"test_accuracy": round(right.double().mean().item(), 4)}}
+        written += save_network(Path(folder) / name, network, card)
+    return written
+
+
+def load_digit_network(
+    folder: str | Path,  # of one network
+) -> TernaryResNet:
+    "A network that `train_digit_networks` stored."
+    return load_network(folder, TernaryResNet)
