@@ -63,7 +63,7 @@ def read_ham10000(root: Path, record: Record, part: str = "") -> OpenCollection:
     "HAM10000, with the split and labels of Fed-ISIC2019 where that file is here."
     path = _first(root, "HAM10000_metadata.csv", "HAM10000_metadata", "HAM10000_metadata.tab")
     table = read_table(path, ("image_id", "lesion_id", "dx", "dataset"))
-    pictures = index_files([root / "images", *sorted(root.glob("HAM10000_images*"))])
+    pictures = index_files([root / "images", *sorted(p for p in root.iterdir() if p.name.lower().startswith("ham10000_images"))])
     table, files, notes = with_files(table, table.image_id, pictures)
     split, keep = _fed_split(root), ("dx", "dx_type", "age", "sex", "localization")
     labels, official, center = _in_classes(table.dx.map(_DX).fillna(table.dx), SKIN_CLASSES, path.name), (), []
