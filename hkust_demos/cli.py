@@ -57,7 +57,7 @@ def _train(args: argparse.Namespace) -> list[Path]:
 # %% ../nbs/03_cli.ipynb #f22612be
 def _demo(args: argparse.Namespace) -> list[Path]:
     "Serve the hub until interrupted."
-    importlib.import_module("hkust_demos.apps.hub").serve(args.host, args.port)
+    importlib.import_module("hkust_demos.apps.hub").serve(args.host, args.port, args.root_path)
     return []
 
 # %% ../nbs/03_cli.ipynb #8af0b580
@@ -82,6 +82,7 @@ def _add_house_commands(commands, options: dict) -> None:
     demo = commands.add_parser("demo", help="serve all apps on this machine", **options)
     demo.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine only")
     demo.add_argument("--port", type=int, default=7860, help="port to listen on")
+    demo.add_argument("--root-path", default="", help="address below which a server in front offers it, such as /user/ann/proxy/7860")
     demo.set_defaults(call=_demo)
     federated = [name for name, method in METHODS.items() if method.family == "federated"]
     federate = commands.add_parser("federate", help=f"train over clients: `federate {federated[0]} ...` is the same as `{federated[0]} ...`", **options)

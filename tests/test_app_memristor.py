@@ -384,7 +384,7 @@ def page(browser, server):
 def test_a_newcomer_sees_everything_on_the_first_screen(page):
     for words in ("The chip says: ", "of the energy saved"):
         assert page.get_by_text(words).first.bounding_box()["y"] < 400
-    page.get_by_text("Exit ladder").wait_for()
+    page.get_by_role("tab", name="Exit ladder").wait_for()
     page.locator(".js-plotly-plot").first.wait_for()
     assert page.locator("#finished img").bounding_box()["y"] < 500
     assert page.locator(".js-plotly-plot").first.bounding_box()["y"] < 1000

@@ -514,7 +514,7 @@ def test_a_set_with_parts_is_chosen_by_part(tmp_path):
     with pytest.raises(ValueError, match="choose one, such as medmnist/pathmnist"):
         open_collection("medmnist", tmp_path)
     assert open_collection("medmnist/pneumoniamnist", tmp_path).classes == ("normal", "pneumonia")
-    with pytest.raises(CollectionMissing, match="no part 'x'"):
+    with pytest.raises(CollectionMissing, match="no part 'x' of it; its parts here are pathmnist, pneumoniamnist"):
         open_collection("medmnist/x", tmp_path)
 
 
@@ -524,11 +524,11 @@ def test_data_check_counts_and_ends_with_an_error_where_a_picture_is_cut(tmp_pat
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     assert cli.main(["data", "check"]) == 0
     shown = capsys.readouterr().out
-    assert "4 pictures of 3 lesions" in shown and "all 4 read" in shown and "2 sets are here, 25 are missing" in shown
+    assert "4 pictures of 3 lesions" in shown and "all 4 read" in shown and "sets here: 2, missing: 25" in shown
     (tmp_path / "ham10000/images/ISIC_0000002.jpg").write_bytes(b"\xff\xd8\xff cut")
     assert cli.main(["data", "check", "ham10000"]) == 2
     both = capsys.readouterr()
-    assert "1 cannot be read, such as ISIC_0000002" in both.out and "1 of 1 sets cannot be read in full" in both.err
+    assert "1 cannot be read, such as ISIC_0000002" in both.out and "sets that cannot be read in full: 1 of 1" in both.err
 
 
 def test_without_the_variable_check_prints_where_to_get_each(capsys):
@@ -537,6 +537,7 @@ def test_without_the_variable_check_prints_where_to_get_each(capsys):
     assert all(record.page in shown for record in COLLECTIONS.values()) and VARIABLE in shown
     assert cli.main(["data", "list"]) == 0 and cli.main(["data", "list", "ham10000"]) == 0
     assert "CC BY-NC-SA 4.0" in capsys.readouterr().out
+    assert cli.main(["data", "check", "ph2"]) == 2 and "named, but not here: 1" in capsys.readouterr().err
     assert cli.main(["data", "list", "cifar"]) == 2 and cli.main(["data", "check", "cifar"]) == 2
 
 

@@ -251,10 +251,10 @@ def find_collection(
     if not record.parts:
         return [("", places[0])]
     found = {_part_name(path, record): place for place in reversed(places) for path in sorted(place.glob(record.parts))}
-    found = {part: place for part, place in sorted(found.items()) if not wanted or part.lower() == wanted.lower()}
-    if not found:
-        raise CollectionMissing(f"{record.title} is here, but no part {wanted!r} of it; {record.layout}")
-    return list(found.items())
+    chosen = [(part, place) for part, place in sorted(found.items()) if not wanted or part.lower() == wanted.lower()]
+    if not chosen:
+        raise CollectionMissing(f"{record.title} is here, but no part {wanted!r} of it; its parts here are {', '.join(sorted(found)) or 'none'} ({record.layout})")
+    return chosen
 
 
 def _part_name(path: Path, record: Record) -> str:

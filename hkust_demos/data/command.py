@@ -98,15 +98,16 @@ def _check(args: argparse.Namespace) -> list[Path]:
             continue
         n_here, n_faults = n_here + 1, n_faults + (faults > 0)
         print(f"{name} ({get_record(name).title})", *(f"  {line}" for line in lines), sep="\n", flush=True)
-    print(*(["", "Not here:"] if missing else []), *missing, f"\n{n_here} sets are here, {len(missing)} are missing", sep="\n")
-    if n_faults:
-        raise ValueError(f"{n_faults} of {n_here} sets cannot be read in full; see the lines above")
+    print(*(["", "Not here:"] if missing else []), *missing, f"\nsets here: {n_here}, missing: {len(missing)}", sep="\n")
+    if n_faults or (args.names and missing):
+        raise ValueError(f"sets that cannot be read in full: {n_faults} of {n_here}" + (f"; named, but not here: {len(missing)}" if args.names and missing else ""))
     return []
 
 # %% ../../nbs/data/15_command.ipynb #b74a2a68
 def _fetch(args: argparse.Namespace) -> list[Path]:
     "Get the named archives."
     from hkust_demos.data.archives import ARCHIVES, get_archive
+    args.names = [name.lower() for name in args.names]
     unknown = next((name for name in args.names if name not in ARCHIVES), None)
     if unknown in COLLECTIONS:
         raise ValueError(f"{unknown} is not downloaded by this command, since its publisher asks for terms: see hkust-demos data list {unknown}")
