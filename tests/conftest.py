@@ -169,6 +169,12 @@ class Costs:
         finally:
             self.turn_to(before)
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item, nextitem):
+        if nextitem is None:  # the hub and the browser end now, and what they had cost until here is to be known before
+            self.turn_to("the shared hub and browser")
+        return (yield)
+
     def pytest_sessionfinish(self, session):
         self.write(ROOT / "build" / "budget" / "tests.json")
 
