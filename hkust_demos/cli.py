@@ -15,6 +15,7 @@ from pathlib import Path
 
 from . import __version__
 from .catalog import METHODS, get_method, ready_methods
+from .files import ends_in_order
 
 # %% ../nbs/03_cli.ipynb #d13531af
 def _list(args: argparse.Namespace) -> list[Path]:
@@ -139,7 +140,8 @@ def main(
 ) -> int:  # exit code: 0 done, 2 refused, 130 interrupted
     "Run a command; an error is one sentence, HKUST_DEMOS_DEBUG=1 shows where it came from."
     try:
-        _call(sys.argv[1:] if argv is None else argv)
+        with ends_in_order():
+            _call(sys.argv[1:] if argv is None else argv)
         return 0
     except KeyboardInterrupt:
         print("hkust-demos: stopped", file=sys.stderr)
