@@ -15,6 +15,7 @@ from pathlib import Path
 
 from . import __version__
 from .catalog import METHODS, get_method, ready_methods
+from .files import ends_in_order
 
 # %% ../nbs/03_cli.ipynb #d13531af
 def _list(args: argparse.Namespace) -> list[Path]:
@@ -57,7 +58,7 @@ def _train(args: argparse.Namespace) -> list[Path]:
 # %% ../nbs/03_cli.ipynb #f22612be
 def _demo(args: argparse.Namespace) -> list[Path]:
     "Serve the hub until interrupted."
-    importlib.import_module("hkust_demos.apps.hub").serve(args.host, args.port)
+    importlib.import_module("hkust_demos.apps.hub").serve(args.host, args.port, args.root_path)
     return []
 
 # %% ../nbs/03_cli.ipynb #8af0b580
@@ -82,6 +83,7 @@ def _add_house_commands(commands, options: dict) -> None:
     demo = commands.add_parser("demo", help="serve all apps on this machine", **options)
     demo.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine only")
     demo.add_argument("--port", type=int, default=7860, help="port to listen on")
+    demo.add_argument("--root-path", default="", help="address below which a server in front offers it, such as /user/ann/proxy/7860")
     demo.set_defaults(call=_demo)
     federated = [name for name, method in METHODS.items() if method.family == "federated"]
     federate = commands.add_parser("federate", help=f"train over clients: `federate {federated[0]} ...` is the same as `{federated[0]} ...`", **options)
@@ -138,7 +140,8 @@ def main(
 ) -> int:  # exit code: 0 done, 2 refused, 130 interrupted
     "Run a command; an error is one sentence, HKUST_DEMOS_DEBUG=1 shows where it came from."
     try:
-        _call(sys.argv[1:] if argv is None else argv)
+        with ends_in_order():
+            _call(sys.argv[1:] if argv is None else argv)
         return 0
     except KeyboardInterrupt:
         print("hkust-demos: stopped", file=sys.stderr)

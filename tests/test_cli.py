@@ -1,6 +1,7 @@
 "The command line: light, safe, and without tracebacks."
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -104,3 +105,15 @@ def test_study_writes_table_and_record(tmp_path, monkeypatch, capsys):
 def test_train_says_that_nothing_is_needed(capsys):
     assert cli.main(["train", "eora"]) == 2
     assert "nothing to do" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_ended_from_outside_leaves_no_hidden_folder(tmp_path, kind):
+    program = ("import sys, time; from hkust_demos import cli; from hkust_demos.files import output_folder\n"
+               "def slow(argv):\n    with output_folder(argv[0]): print('begun', flush=True); time.sleep(60)\n"
+               "cli._call = slow; sys.exit(cli.main([sys.argv[1]]))")
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "maps")], stdout=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(kind, signal.SIG_DFL))  # whoever started the tests may ignore it
+    assert process.stdout.readline() == "begun\n" and len(list(tmp_path.iterdir())) == 1
+    process.send_signal(kind)
+    assert process.wait(30) == 128 + kind and list(tmp_path.iterdir()) == []

@@ -83,8 +83,8 @@ def test_a_refused_run_is_a_sentence(tmp_path, said, told):
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from hkust_demos.federated.deploy import Federation, ends_in_order
-from hkust_demos.files import output_folder
+from hkust_demos.federated.deploy import Federation
+from hkust_demos.files import ends_in_order, output_folder
 
 class Sleepers(Federation):
     "Processes that only sleep, in the place of Flower's."

@@ -380,3 +380,16 @@ def test_blocked_walk_is_the_plain_walk(options):
     n, rest = options.get("n"), {k: v for k, v in options.items() if k != "n"}
     blocked = prune_sparsegpt(weight, hessian, n, **rest) if n else quantize_gptq(weight, hessian, **rest)
     assert (plain - blocked).norm() < 1e-4 * plain.norm() and (plain - weight).norm() > 0.05 * weight.norm()
+
+
+def test_a_run_says_what_it_read_and_what_it_compressed(given, capsys):
+    from hkust_demos.cli import main
+    sizes = dict(vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    MixtralForCausalLM(MixtralConfig(num_local_experts=8, **sizes)).save_pretrained(given)
+    text, out = given.parent / "text.jsonl", given.parent / "out"
+    text.write_text("\n".join([json.dumps({"id": "x", "story": " ".join(f"w{i % 290}" for i in range(400))})] * 4))
+    command = ["eora", str(given), "--rank", "4", "--calibration", str(text), "--tokens", "256", "--evaluation-tokens", "0", "--out", str(out)]
+    assert main(command) == 0
+    printed, report = capsys.readouterr().out, json.loads((out / "report.json").read_text())
+    assert "field 'story'; Most of this model is not compressed: 5% of 20,016 parameters" in printed and report["compressed_share"] == 1024 / 20016
+    assert next(iter(report["not_compressed"])) == "model.layers.*.mlp.experts.gate_up_proj" and "experts" in (out / "README.md").read_text()

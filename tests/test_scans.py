@@ -48,7 +48,8 @@ def test_folders_and_paths_that_are_refused(tmp_path):
     refused(tmp_path / "pipe.nii", "no regular file")
     (tmp_path / "large.nii").write_bytes(bytes(2_000_000))
     refused(tmp_path / "large.nii", "more than 1 MB", max_mb=1)
-    for name, data, word in (("empty.dcm", b"", "empty"), ("text.nii", b"hello", "no known kind"), ("a.gz", gzip.compress(b"hello"), "without NIfTI or DICOM")):
+    for name, data, word in (("empty.dcm", b"", "empty"), ("text.nii", b"hello", "no known kind"), ("a.gz", gzip.compress(b"hello"), "without NIfTI or DICOM"),
+                             ("b.nii.gz", gzip.compress(gzip.compress(b"hello")), "packed twice")):
         (tmp_path / name).write_bytes(data)
         refused(tmp_path / name, word)
 

@@ -120,7 +120,7 @@ def test_order_by_instance_number(tmp_path):
 
 @pytest.mark.parametrize("words, slices", {
     ("2 series", "series=0 to series=1"): [made_slice(0), made_slice(0, series="1.2.4")],
-    ("at one place",): [made_slice(0), made_slice(3, number=2), made_slice(3, number=3)],
+    ("3 slices at only 2 places",): [made_slice(0), made_slice(3, number=2), made_slice(3, number=3)],
     ("3.00 to 9.00 mm",): [made_slice(0), made_slice(3), made_slice(12)],
     ("different directions",): [made_slice(0), made_slice(3, orientation=(1, 0, 0, 0, 0, -1))],
     ("different sizes",): [made_slice(0), made_slice(3, size=(8, 8))],

@@ -50,9 +50,9 @@ MEDICAL = ("vision", "federated")
 
 def header(method: Method) -> gr.HTML:
     "Title, claim and links of a method."
-    page = "/notebooks/" + method.notebook.removeprefix("nbs/").removesuffix(".ipynb")
+    page = "../notebooks/" + method.notebook.removeprefix("nbs/").removesuffix(".ipynb")
     warning = "<p><b>Not for diagnosis.</b></p>" if method.family in MEDICAL else ""
-    return gr.HTML(f'<div class="house-head"><p><a href="/">all methods</a></p><h1>{method.title}</h1><p>{method.claim}</p>'
+    return gr.HTML(f'<div class="house-head"><p><a href="../">all methods</a></p><h1>{method.title}</h1><p>{method.claim}</p>'
                    f'<p><a href="{method.url}" rel="noopener">paper</a> · <a href="{page}">notebook</a></p>{warning}</div>')
 
 

@@ -57,24 +57,24 @@ def _painted(seed, kind, row, column, radius, contrast):
     return scan, scan.array, mask
 
 
-def _uploaded(upload, index, frame):
+def _uploaded(upload, index, frame, series=None):
     "A slice of the upload: scan, picture, no mask."
     from hkust_demos.data import scans
     if not upload:
         raise ValueError(f"the source is 'my scan', but no file was uploaded: add one, or choose '{SOURCES[0]}'")
-    scan = scans.read_scan(upload, frame=None if frame is None else int(frame))
-    return scan, scans.slice_of(scan, "axial", int(index) if index is not None and index >= 0 and scan.array.ndim == 3 else None), None
+    scan = scans.read_scan(upload, frame=None if frame is None else int(frame), series=None if series is None else int(series))
+    return scan, scans.square_cut(scan, "axial", int(index) if index is not None and index >= 0 and scan.array.ndim == 3 else None), None
 
 # %% ../../nbs/apps/20_d2ue.ipynb #a7249430
 @user_errors
-def _inspect(upload=None, frame=None):
+def _inspect(upload=None, frame=None, series=None):
     "Slider of the slices, and a sentence on the file."
     if not upload:
         return gr.Slider(minimum=-1, maximum=1, value=-1, interactive=False), ""
     from hkust_demos.data import scans
-    scan = scans.read_scan(upload, frame=None if frame is None else int(frame))
+    scan = scans.read_scan(upload, frame=None if frame is None else int(frame), series=None if series is None else int(series))
     n = scan.array.shape[2] if scan.array.ndim == 3 else 1
-    text = f"{scan.source}, modality {scan.modality}, {' x '.join(map(str, scan.array.shape))}"
+    text = f"{scan.source}, modality {scan.modality}, {' x '.join(map(str, scan.array.shape))}" + "".join(f"\n\n**{sentence}**" for sentence in scan.warnings)
     return gr.Slider(minimum=-1, maximum=max(n - 1, 1), value=n // 2 if n > 1 else -1, step=1, interactive=n > 1), text
 
 # %% ../../nbs/apps/20_d2ue.ipynb #db23a00a
@@ -88,7 +88,7 @@ def _learners(ensemble, n_learners, retrained):
     return retrained
 
 # %% ../../nbs/apps/20_d2ue.ipynb #77fafbc2
-def _sentence(finding, score, mask, quantile) -> str:
+def _sentence(finding, score, mask, quantile, warnings=()) -> str:
     "What to read off the pictures."
     name, n_learners = next(label for label, key in LABELS.items() if key == score), len(finding.ensemble.learners)
     text = (f"**{name}, {n_learners} learners: higher than {finding.percentile(score):.0f} % of healthy slices** (image score {finding.value(score):.2e}). "
@@ -97,7 +97,7 @@ def _sentence(finding, score, mask, quantile) -> str:
         from hkust_demos.vision.d2ue_findings import truth_report
         truth = truth_report(finding, mask, score, quantile)
         text += f" Against the inserted lesion: pixel AUROC {truth['pixel_auroc']:.2f}, Dice {truth['dice']:.2f} at the threshold from healthy slices."
-    return f"{text}\n\n**{finding.warning}**" if finding.warning else text
+    return "\n\n".join([text, *(f"**{sentence}**" for sentence in (*warnings, finding.warning) if sentence)])
 
 
 def _charts(finding, score):
@@ -110,25 +110,25 @@ def _charts(finding, score):
 # %% ../../nbs/apps/20_d2ue.ipynb #c2266c58
 @user_errors
 def _run(source=SOURCES[0], upload=None, index=-1, frame=None, seed=7, kind="hyper", row=52, column=76, radius=10, contrast=0.3,
-         ensemble="pushed apart (RAR)", n_learners=3, score=next(iter(LABELS)), quantile=0.99, opacity=0.6, retrained=None):
+         ensemble="pushed apart (RAR)", n_learners=3, score=next(iter(LABELS)), quantile=0.99, opacity=0.6, retrained=None, series=None):
     "Examine one slice; (sentence, slice panels, learner panels, histogram, similarity)."
     from hkust_demos.vision.d2ue_findings import examine
     from hkust_demos.vision.d2ue_views import learner_panels, slice_panels
-    _, picture, mask = _uploaded(upload, index, frame) if source == "my scan" else _painted(seed, kind, row, column, radius, contrast)
+    scan, picture, mask = _uploaded(upload, index, frame, series) if source == "my scan" else _painted(seed, kind, row, column, radius, contrast)
     finding = examine(picture, _learners(ensemble, n_learners, retrained))[0]
     panels, learners = slice_panels(picture, finding, LABELS[score], float(quantile), float(opacity)), learner_panels(finding)
     maps = [title for title in learners if not title.endswith("rebuilds")]
-    return (_sentence(finding, LABELS[score], mask, float(quantile)), pictures(panels, maps=[*panels][2:], outline=mask, columns=3, shared=False),
+    return (_sentence(finding, LABELS[score], mask, float(quantile), scan.warnings), pictures(panels, maps=[*panels][2:], outline=mask, columns=3, shared=False),
             pictures(learners, maps=maps, columns=3, shared=False), *_charts(finding, LABELS[score]))
 
 # %% ../../nbs/apps/20_d2ue.ipynb #79d28e07
 @user_errors
 def _download(source=SOURCES[0], upload=None, index=-1, frame=None, seed=7, kind="hyper", row=52, column=76, radius=10, contrast=0.3,
-              ensemble="pushed apart (RAR)", n_learners=3, score=next(iter(LABELS)), retrained=None, progress=gr.Progress()):
+              ensemble="pushed apart (RAR)", n_learners=3, score=next(iter(LABELS)), retrained=None, series=None, progress=gr.Progress()):
     "Map on the scan's own grid and report, as a zip."
     from hkust_demos.vision.d2ue_findings import examine_scan, write_findings
     progress(0.1, desc="reading")
-    scan = (_uploaded(upload, index, frame) if source == "my scan" else _painted(seed, kind, row, column, radius, contrast))[0]
+    scan = (_uploaded(upload, index, frame, series) if source == "my scan" else _painted(seed, kind, row, column, radius, contrast))[0]
     progress(0.3, desc="all slices")
     anomaly_map, findings = examine_scan(scan, _learners(ensemble, n_learners, retrained), LABELS[score])
     home = Path(tempfile.mkdtemp())
@@ -186,14 +186,15 @@ def _finished() -> list:
 
 # %% ../../nbs/apps/20_d2ue.ipynb #c561a5f3
 def _scan() -> list:
-    "What is examined: source, file, slice, frame; then the sentence on the file."
+    "What is examined: source, file, slice, frame, series; then the sentence on the file."
     source = gr.Radio(SOURCES, value=SOURCES[0], label="Look at", info="The lesion is the one above.")
     with gr.Accordion("My scan", open=False):
         upload = gr.File(label="DICOM (file or zip of one series), NIfTI, PNG, JPEG, TIFF or NPZ", type="filepath")
         about = gr.Markdown()
         index = gr.Slider(-1, 1, -1, step=1, label="Axial slice (-1: the middle one)", interactive=False)
         frame = gr.Number(None, minimum=0, precision=0, label="Frame, if the file holds several (counted from 0)")
-    return [source, upload, index, frame, about]
+        series = gr.Number(None, minimum=0, precision=0, label="Series, if the zip holds several (counted from 0)")
+    return [source, upload, index, frame, series, about]
 
 
 def _choices() -> list:
@@ -237,12 +238,12 @@ def _outputs() -> list:
 def _wire(painter, finished, scan, choices, trainer, start, outputs) -> None:
     "What each widget does."
     (settings, (status, curves, curves_box, train, stop)), (*shown, results, make, archive, files) = trainer, outputs
-    (source, upload, index, frame, about), retrained = scan, gr.State(None)
+    (source, upload, index, frame, series, about), retrained = scan, gr.State(None)
     inputs = [source, upload, index, frame, *painter, *choices]
     gr.on([knob.change for knob in painter], _live, painter, finished, api_name="live", show_progress="hidden", trigger_mode="always_last")
-    gr.on([upload.change, frame.change], _inspect, [upload, frame], [index, about], api_name="inspect")
-    _then_show(start.click(_run, [*inputs, retrained], shown, api_name="run"), results)
-    _then_show(make.click(_download, [*inputs[:13], retrained], [archive], api_name="maps"), files)
+    gr.on([upload.change, frame.change, series.change], _inspect, [upload, frame, series], [index, about], api_name="inspect")
+    _then_show(start.click(_run, [*inputs, retrained, series], shown, api_name="run"), results)
+    _then_show(make.click(_download, [*inputs[:13], retrained, series], [archive], api_name="maps"), files)
     training = train.click(_retrain, settings, [status, curves, choices[0], retrained], api_name="retrain")
     _then_show(training, curves_box)
     stop.click(_stopped, None, [status], cancels=[training], api_name="stop")

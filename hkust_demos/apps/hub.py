@@ -13,16 +13,19 @@ import gc
 import html
 import importlib
 import os
+import re
 import socket
 import threading
 import time
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from urllib.parse import quote
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI, HTTPException
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from .. import __version__
 from .reader import notebook_page, page_html
@@ -47,7 +50,7 @@ main{max-width:74rem} .lead{font-size:1.15rem;max-width:44rem;color:var(--soft)}
 def _picture(name: str) -> str:
     "The gallery picture of a method, or a quiet drawing of its initial."
     if (files("hkust_demos") / "apps" / "gallery" / f"{name}.png").is_file():
-        return f'<img src="/gallery/{name}.png" alt="Result of {METHODS[name].title}" loading="lazy">'
+        return f'<img src="gallery/{name}.png" alt="Result of {METHODS[name].title}" loading="lazy">'
     return (f'<svg viewBox="0 0 320 150" role="img" aria-label="{METHODS[name].title}"><g fill="none" stroke="currentColor" opacity=".25">'
             f'<path d="M20 120C90 20 140 130 200 70S280 40 300 30"/><path d="M20 130H300M20 20V130"/></g><text x="160" y="86" '
             f'text-anchor="middle" font-size="26" fill="currentColor" opacity=".55">{METHODS[name].title}</text></svg>')
@@ -56,9 +59,9 @@ def _picture(name: str) -> str:
 def _card(method: Method) -> str:
     "One card; only a ready method has links into the suite."
     page = method.notebook.removeprefix("nbs/").removesuffix(".ipynb")
-    links = [f'<a class="go" href="/{method.name}/">Open the app</a>'] if method.ready else ["<span>coming</span>"]
+    links = [f'<a class="go" href="{method.name}/">Open the app</a>'] if method.ready else ["<span>coming</span>"]
     if method.ready and (NOTEBOOKS / f"{page}.ipynb").is_file():
-        links.append(f'<a href="/notebooks/{page}">Notebook</a>')
+        links.append(f'<a href="notebooks/{page}">Notebook</a>')
     links.append(f'<a href="{method.url}" rel="noopener">Paper</a>')
     return (f'<article class="card{"" if method.ready else " coming"}" id="{method.name}">{_picture(method.name)}<div><h3>{method.title}</h3>'
             f'<p>{html.escape(method.claim)}</p><p class="links">{"".join(links)}</p></div></article>')
@@ -107,8 +110,9 @@ def _add_pages(app: FastAPI) -> None:
         found = _notebook_names().get(name.removesuffix(".ipynb"))
         if found is None:
             raise HTTPException(404, "no such notebook")
-        app_link = next((f' · <a href="/{m.name}/">the app</a>' for m in METHODS.values() if m.ready and m.notebook.endswith(f"{name}.ipynb")), "")
-        return notebook_page(found, nav=f'<a href="/">all methods</a>{app_link}')
+        up = "../" * (name.count("/") + 1)
+        app_link = next((f' · <a href="{up}{m.name}/">the app</a>' for m in METHODS.values() if m.ready and m.notebook.endswith(f"{name}.ipynb")), "")
+        return notebook_page(found, nav=f'<a href="{up}">all methods</a>{app_link}')
 
 # %% ../../nbs/apps/90_hub.ipynb #1975a36c
 LOOKS = {"sleep_when_free": 0.01, "progress_update_sleep_when_free": 0.05}  # seconds from one look to the next
@@ -121,7 +125,30 @@ def _wait_in_line(blocks: gr.Blocks) -> gr.Blocks:
     return blocks
 
 # %% ../../nbs/apps/90_hub.ipynb #e70f9951
-def build_hub() -> FastAPI:
+def _root_path(text: str) -> str:
+    "An address as /a/b, or a ValueError."
+    path = "/" + text.strip().strip("/") if text.strip("/ ") else ""
+    if not re.fullmatch(r"(?:/[\w.~@:%+-]+)*", path) or ".." in path:
+        raise ValueError(f"root-path is {text!r}; give the part of the address behind the server's name, such as /user/ann/proxy/7860")
+    return path
+
+
+def _behind(app: Callable, root_path: str) -> Callable:
+    "The application behind an address that the server in front keeps or cuts off."
+    async def prefixed(scope, receive, send):
+        if scope["type"] != "http":
+            return await app(scope, receive, send)
+        path = scope["path"]
+        if path == root_path:
+            return await RedirectResponse(f"{root_path}/")(scope, receive, send)
+        bare = path.removeprefix(root_path) if path.startswith(f"{root_path}/") else path
+        return await app({**scope, "path": root_path + bare, "raw_path": quote(root_path + bare).encode(), "root_path": root_path}, receive, send)
+    return prefixed
+
+# %% ../../nbs/apps/90_hub.ipynb #fd6a82ec
+def build_hub(
+    root_path: str = "",  # the address below which visitors find it, such as /user/ann/proxy/7860; empty at a server's root
+) -> Callable:  # an ASGI application
     "The whole server: pages and every ready app, each with its own waiting line."
     app = FastAPI(title="hkust-demos", docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -136,8 +163,9 @@ def build_hub() -> FastAPI:
     for method in METHODS.values():
         if method.ready:
             blocks = _wait_in_line(importlib.import_module(method.app).build())
-            app = gr.mount_gradio_app(app, blocks, path=f"/{method.name}", **common.mount_settings())
-    return app
+            app = gr.mount_gradio_app(app, blocks, path=f"/{method.name}", root_path=f"{root_path}/{method.name}" if root_path else None,
+                                          **common.mount_settings())
+    return _behind(app, root_path) if root_path else app
 
 # %% ../../nbs/apps/90_hub.ipynb #60e04f23
 def _warm_up() -> None:
@@ -158,8 +186,10 @@ def _half_the_cores() -> None:
 def serve(
     host: str = "127.0.0.1",  # this machine only
     port: int = 7860,
+    root_path: str = "",  # where a server in front offers it, such as /user/ann/proxy/7860
 ) -> None:
     "Serve until interrupted; a port in use is said in a sentence."
+    root_path = _root_path(root_path)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -167,7 +197,8 @@ def serve(
         except OSError as error:
             raise OSError(f"port {port} on {host} is taken; choose another one with --port") from error
     _half_the_cores()
-    server = uvicorn.Server(uvicorn.Config(build_hub(), host=host, port=port, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(build_hub(root_path), host=host, port=port, log_level="warning"))
     threading.Thread(target=_warm_up, daemon=True).start()
-    print(f"hkust-demos is at http://{host}:{port}  (Ctrl-C stops it)", flush=True)
+    where = f"below {root_path}/ of the server in front of http://{host}:{port}" if root_path else f"at http://{host}:{port}"
+    print(f"hkust-demos is {where}  (Ctrl-C stops it)", flush=True)
     server.run()

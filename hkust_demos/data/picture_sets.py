@@ -177,8 +177,8 @@ def read_chestxray14(root: Path, record: Record, part: str = "") -> OpenCollecti
 def _dicom_picture(path: Path, window: tuple[float, float] | None):
     "A DICOM slice as an 8-bit Pillow image."
     from PIL import Image
-    from hkust_demos.data.scans import read_scan, slice_of, to_unit
-    gray = slice_of(read_scan(path))
+    from hkust_demos.data.scans import read_scan, square_cut, to_unit
+    gray = square_cut(read_scan(path))
     return Image.fromarray(np.uint8(np.rint(255 * (to_unit(gray, *window) if window else to_unit(gray)))))
 
 

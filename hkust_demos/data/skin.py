@@ -25,7 +25,7 @@ from torch import Tensor
 from .class_folders import Layout, LayoutError, folder_names, is_leftover, understand, zip_names
 from .containers import zip_members
 from .limits import MAX_PIXELS, ScanError, Wish, file_bytes, guarded, kind_of
-from .scans import cut_spacing, read_scan, slice_of, square_pixels, to_unit
+from .scans import read_scan, square_cut, to_unit
 
 # %% ../../nbs/data/05_skin.ipynb #1f5693e9
 CLASSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC")
@@ -316,7 +316,7 @@ def read_color(
         return guarded(path.name, _decode, data, wish, size)
     from PIL import Image
     scan = read_scan(path, max_mb=max_mb)
-    gray = to_unit(square_pixels(slice_of(scan), cut_spacing(scan)))
+    gray = to_unit(square_cut(scan))
     picture, _ = _square(Image.fromarray(np.uint8(255 * gray)), size)
     return picture, "a scan, not a photograph of skin: its gray values were copied into three colors"
 
@@ -551,6 +551,6 @@ class IchFolder(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         scan = read_scan(self.root / "stage_2_train" / f"{self.images[index]}.dcm")
-        picture = torch.from_numpy(to_unit(square_pixels(slice_of(scan), cut_spacing(scan)), *self.window).copy())[None, None]
+        picture = torch.from_numpy(to_unit(square_cut(scan), *self.window).copy())[None, None]
         small = torch.nn.functional.interpolate(picture, (self.size, self.size), mode="bilinear", antialias=True)
         return small[0].clamp(0, 1), int(self.labels[index])

@@ -130,7 +130,7 @@ def stack_of(planes: list[Plane]) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(depths, kind="stable")
     gaps = np.diff(depths[order])
     if gaps.min() < 1e-3:
-        raise ScanError(f"holds {int((gaps < 1e-3).sum()) + 1} or more slices at one place (times, echoes or copies); give one of each place")
+        raise ScanError(f"holds {len(planes)} slices at only {len(planes) - int((gaps < 1e-3).sum())} places (times, echoes or copies); give one of each place")
     if gaps.max() - gaps.min() > 0.1 * np.median(gaps):
         raise ScanError(f"has gaps between slices from {gaps.min():.2f} to {gaps.max():.2f} mm; give every slice, evenly spaced")
     first, last = planes[order[0]], planes[order[-1]]

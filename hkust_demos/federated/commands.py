@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from ..checkpoints import save_checkpoint
-from .deploy import add_engine_arguments, ends_in_order, run_engine, run_engine_command
+from .deploy import add_engine_arguments, run_engine, run_engine_command
 from .engine import RoundReport
 from .runs import LAST, Comparison, FederatedMethod, Track, compare, local_layers, score_table, store_run, write_stored
 from ..files import output_folder, safe_name
@@ -175,7 +175,7 @@ def run_method(
     if args.compare and args.engine != "inprocess":
         raise ValueError(f"--compare runs in this process only, but --engine is {args.engine}; leave out one of them")
     variants = (*rivals, variant) if args.compare else (variant,)
-    with ends_in_order(), output_folder(args.out, force=args.force) as folder:
+    with output_folder(args.out, force=args.force) as folder:
         here = args.engine == "inprocess"
         comparison = run_here(method, plan, variants) if here else run_elsewhere(method, plan, variant, engine=args.engine, timeout=args.timeout)
         written = write_run(folder, comparison, variant, engine=args.engine, command=command_line(method, args, plan, said))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'make_certificates', 'make_node_key', 'toml_pairs', 'write_config', 'write_flower_app',
-           'deployment_commands', 'free_port', 'flower_environment', 'end_process', 'ends_in_order', 'Federation',
-           'submit', 'run_status', 'wait_for_run', 'run_log', 'read_result', 'load_apps', 'run_engine',
-           'add_engine_arguments', 'engine_config', 'run_engine_command']
+           'deployment_commands', 'free_port', 'flower_environment', 'end_process', 'Federation', 'submit',
+           'run_status', 'wait_for_run', 'run_log', 'read_result', 'load_apps', 'run_engine', 'add_engine_arguments',
+           'engine_config', 'run_engine_command']
 
 # %% ../../nbs/federated/03_deploy.ipynb #f49e57f0
 import importlib.util
@@ -18,11 +18,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib import import_module
 from ipaddress import ip_address
 from pathlib import Path
@@ -31,7 +29,7 @@ from typing import Any
 import tomli_w
 
 from .engine import DEFAULTS, FederatedResult, History, full_config, run_local
-from ..files import safe_name
+from ..files import ends_in_order, safe_name
 
 # %% ../../nbs/federated/03_deploy.ipynb #1fe51997
 def _certificate(subject: str, key, issuer: str, issuer_key, extensions: Iterable[tuple], days: int):
@@ -340,26 +338,6 @@ def end_process(
         except subprocess.TimeoutExpired:
             continue
     return process.wait()
-
-# %% ../../nbs/federated/03_deploy.ipynb #87c63b71
-@contextmanager
-def ends_in_order() -> Iterator[None]:
-    "For the length of a block, SIGTERM and a closed terminal end this program as Ctrl-C does: children first, then what is half written, once."
-    def leave(number: int, frame) -> None:
-        for kind in kinds:
-            signal.signal(kind, signal.SIG_IGN)  # once is enough: the second must not cut the tidying short
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    kinds = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals; whoever started the thread ends it
-        return
-    before = {kind: signal.signal(kind, leave) for kind in kinds if signal.getsignal(kind) is not signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
 
 # %% ../../nbs/federated/03_deploy.ipynb #1f98fa93
 def _is_listening(process: subprocess.Popen, port: int, patience: float = 120.0) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ..data.digits import load_digits8
-from ..data.skin import CENTERS, CLASSES, ImageSet, dirichlet_counts, isic_counts, long_tail_counts, make_federation, read_labelled
+from ..data.skin import CENTERS, CLASSES, ImageSet, dirichlet_counts, group_split, isic_counts, long_tail_counts, make_federation, read_labelled
 from .commands import add_run_arguments, plan_numbers, run_method
 from .engine import ClientData, RoundReport, forward, server_app
 from .fednpr import RUN_CONFIG, LesionNet, client_app, flips, recall_metrics
@@ -77,8 +77,15 @@ def _tail(plan: Plan, num_classes: int, available: int | None = None) -> np.ndar
     return long_tail_counts(min(largest, available or largest), ratio=plan.imbalance, num_classes=num_classes)
 
 # %% ../../nbs/federated/12_fednpr_apply.ipynb #c1a49263
-def _held_out(labels: Tensor, classes: Sequence[str], seed: int) -> Tensor:
-    "True for the quarter of each class that trains nothing."
+def _held_out(labels: Tensor, classes: Sequence[str], seed: int, groups: Sequence[str] | None = None) -> Tensor:
+    "True for the quarter that trains nothing: of each class, or, where patients are known, of the patients."
+    if groups is not None:
+        held = torch.zeros(len(labels), dtype=torch.bool)
+        held[torch.from_numpy(group_split(groups, share=0.75, seed=seed)[1])] = True
+        thin = next((name for c, name in enumerate(classes) if len(held[labels == c].unique()) < 2), None)
+        if thin is not None:
+            raise ValueError(f"class {thin} has too few patients for a training and a test part; add patients, or try another seed")
+        return held
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     held = torch.zeros(len(labels), dtype=torch.bool)
     for c, name in enumerate(classes):
@@ -105,7 +112,7 @@ def _read(path: str, size: int) -> tuple[ImageSet, tuple[str, ...]]:
 def _own_sets(plan: Plan) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
     "Training and test pictures of a folder, and notes."
     images, notes = _read(plan.folder, plan.size)
-    held = _held_out(images.labels, images.names, plan.seed)
+    held = _held_out(images.labels, images.names, plan.seed, images.groups)
     return images.take(torch.where(~held)[0]), images.take(torch.where(held)[0]), notes
 
 # %% ../../nbs/federated/12_fednpr_apply.ipynb #470525c6
@@ -236,7 +243,7 @@ def _own_data(config: Mapping) -> ClientData:
     strange = sorted(set(found.names) - set(classes))
     if strange:
         raise ValueError(f"the pictures of this client have a class {strange[0]}; the run knows {', '.join(classes)}")
-    labels, held = torch.tensor([classes.index(name) for name in found.names])[found.labels], _held_out(found.labels, found.names, config["seed"])
+    labels, held = torch.tensor([classes.index(name) for name in found.names])[found.labels], _held_out(found.labels, found.names, config["seed"], found.groups)
     return ClientData(*(TensorDataset(found.images[part], labels[part]) for part in (~held, held)))
 
 # %% ../../nbs/federated/12_fednpr_apply.ipynb #354459d3

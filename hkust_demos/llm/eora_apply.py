@@ -17,10 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from ..data.text import Corpus, element_descriptions, pack_sequences, python_reference, read_documents
+from ..data.text import Corpus, element_descriptions, pack_sequences, python_reference, read_documents, split_corpus
 from ..files import output_folder
-from .adapters import base_hash, export_peft
-from .calibration import InputStatistics, stream_input_statistics
+from .adapters import base_hash, check_adaptable, export_peft
+from .calibration import InputStatistics, compressed_share, stream_input_statistics
 
 # %% ../../nbs/llm/12_eora_apply.ipynb #e2125986
 from .compress import Compressor, compress_model
@@ -72,11 +72,7 @@ def calibration_corpora(
     makers = {"python": python_reference, "elements": element_descriptions}
     if calibration in makers:
         return makers[calibration]("calibration"), makers[calibration]("evaluation")
-    corpus = read_documents(calibration, field=field)
-    words = "\n\n".join(corpus.documents).split(" ")
-    cut = len(words) * 3 // 4
-    return tuple(Corpus(corpus.name, (" ".join(part),), corpus.source, corpus.license, name)
-                 for part, name in ((words[:cut], "calibration"), (words[cut:], "evaluation")))
+    return split_corpus(read_documents(calibration, field=field))
 
 # %% ../../nbs/llm/12_eora_apply.ipynb #a3394c23
 def calibration_rows(
@@ -88,7 +84,7 @@ def calibration_rows(
     try:
         rows = pack_sequences(corpus.documents, tokenizer, sequence_length=SEQUENCE)
     except ValueError as error:
-        raise ValueError(f"{corpus.source} ({corpus.part} part) is too short: {error}; about 1,500 words are a good start") from error
+        raise ValueError(f"{corpus.source} ({corpus.part} part) is too short: {error}; about 1,500 words, or 3,000 Chinese or Japanese characters, are a good start") from error
     return rows[: max(tokens // SEQUENCE, 1)]
 
 # %% ../../nbs/llm/12_eora_apply.ipynb #0719b763
@@ -134,6 +130,7 @@ def run_recipe(
     model, tokenizer = loaded or load_llm(recipe.model)
     rows, statistics = calibration_rows(corpora[0], tokenizer, recipe.tokens), {}
     _check_rank(model, recipe)
+    check_adaptable(model, linear_layers(model))
     for done, total, statistics in stream_input_statistics(model, rows):
         yield Progress(0.3 * done / total, f"reading calibration text, row {done} of {total}", statistics)
     yield Progress(0.3, f"compressing with {recipe.compressor.title}", statistics)
@@ -161,9 +158,11 @@ def _check_rank(model: nn.Module, recipe: Recipe) -> None:
 def _describe(result: Result, corpora: tuple[Corpus, Corpus], rows: Tensor) -> dict:
     "What was done, how large it is, and what the spectra predict."
     recipe, layers, kept = result.recipe, linear_layers(result.model), result.compensated.paths
+    share = compressed_share(model=result.model, names=layers)
     smallest = min(s.n_tokens / s.in_features for s in result.statistics.values())
     return dict(recipe=asdict(recipe), compression=recipe.compressor.title, calibration_source=corpora[0].source,
                 calibration_tokens=rows.numel(), shrinkage_active=recipe.shrinkage == "auto" and smallest < 10,
+                compressed=share.sentence, compressed_share=share.share, not_compressed=share.left_out,
                 compressed_mb=sum(recipe.compressor.num_bytes(*l.weight.shape) for l in layers.values()) / 1e6,
                 extra_mb=result.compensated.num_bytes / 1e6, ranks={n: p.rank for n, p in kept.items()},
                 error_left={n: share_left(p) for n, p in kept.items()}, base_sha256=result.compensated.base_hash(),
@@ -228,8 +227,9 @@ def write_adapter(
 # %% ../../nbs/llm/12_eora_apply.ipynb #e4de33d2
 _HOW_TO = """# EoRA adapter
 
-{compression}, {extra_mb:.1f} MB of low-rank paths. It fits one compressed base only, the one with SHA-256
-`{base_sha256}`.
+{compression}, {extra_mb:.1f} MB of low-rank paths. {compressed}. It fits one compressed base only, the one with
+SHA-256 `{base_sha256}`; on the released model it adds noise, so adapter_config.json names no base
+and `AutoPeftModelForCausalLM` stops. Load it like this:
 
     from transformers import AutoModelForCausalLM
     from peft import PeftModel
@@ -238,8 +238,9 @@ _HOW_TO = """# EoRA adapter
 
 Without `base/`, make it again from the recipe in report.json:
 
+    from hkust_demos.llm.adapters import load_peft
     from hkust_demos.llm.eora_apply import rebuild_base
-    base = rebuild_base("report.json")
+    model = load_peft(".", rebuild_base("report.json"))     # refuses another base
 """
 
 # %% ../../nbs/llm/12_eora_apply.ipynb #ee98726c
@@ -293,6 +294,7 @@ def run_command(args: Namespace) -> list[Path]:  # files written
         for step in run_recipe(recipe, evaluation_tokens=args.evaluation_tokens):
             print(f"{step.fraction:4.0%}  {step.message}", flush=True)
         names = write_adapter(step.result, folder, save_base=args.save_base)
+    print(f"calibrated on {step.result.report['calibration_source']}; {step.result.report['compressed']}")
     for label, value in step.result.report.get("perplexity", {}).items():
         print(f"perplexity, {label}: {value:.2f}")
     return [Path(args.out) / name for name in names]

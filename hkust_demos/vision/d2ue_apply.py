@@ -6,6 +6,7 @@
 __all__ = ['train', 'add_arguments', 'run_command']
 
 # %% ../../nbs/vision/12_d2ue_apply.ipynb #9e6b5639
+import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ..data.phantoms import mni_slices
 from ..data.scans import read_scan
 from ..files import output_folder, safe_name
 from .d2ue_ensembles import ENSEMBLES, EPOCHS, RATES, SCORES, check_variant, ensemble_from, load_ensemble, train_ensembles
-from .d2ue_findings import examine_scan, write_findings
+from .d2ue_findings import examine_scan, warnings_of, write_findings
 from .d2ue_views import write_example
 from .folders import OneClassImageFolder
 from .frames import all_to_learner
@@ -101,6 +102,8 @@ def run_command(
     "Run `hkust-demos d2ue`."
     scan, ensemble = read_scan(args.scan, frame=args.frame, series=args.series), load_ensemble(args.ensemble, args.weights)
     anomaly_map, findings = examine_scan(scan, ensemble, args.score, args.slice)
+    for sentence in warnings_of(scan, findings):
+        print(f"Warning: {sentence}", file=sys.stderr)
     with output_folder(args.out, force=args.force) as folder:
         written = write_findings(folder, scan, anomaly_map, findings, args.score)
     return [Path(args.out) / path.name for path in written]

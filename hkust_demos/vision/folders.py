@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.scans import read_scan, slice_of, to_unit
+from ..data.scans import read_scan, square_cut, to_unit
 
 # %% ../../nbs/vision/01_folders.ipynb #25945eb3
 def read_image(
     path: str | Path,  # anything that `read_scan` takes
 ) -> np.ndarray:  # (rows, columns) in [0, 1]; of a volume the middle axial slice
     "One gray picture of a file."
-    return to_unit(slice_of(read_scan(path)))
+    return to_unit(square_cut(read_scan(path)))
 
 # %% ../../nbs/vision/01_folders.ipynb #4d8255af
 def _split_items(root: Path, split: str) -> list[tuple[str, int]]:
