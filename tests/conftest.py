@@ -82,11 +82,13 @@ class Hub:
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory):
-    "The hub in a process of its own, as a user starts it, polled until /health answers."
+    "The hub in a process of its own, prepared and started as `make demo` does it, polled until /health answers."
+    command = [sys.executable, "-c", "import sys; from hkust_demos.cli import main; sys.exit(main())"]
+    subprocess.run([*command, "prepare"], check=True, stdout=subprocess.DEVNULL)
     port, log = free_port(), tmp_path_factory.mktemp("hub") / "hub.log"
     url, begun = f"http://127.0.0.1:{port}", time.monotonic()
     with log.open("w") as file:
-        process = subprocess.Popen([sys.executable, "-c", "import sys; from hkust_demos.cli import main; sys.exit(main())", "demo", "--port", str(port)],
+        process = subprocess.Popen([*command, "demo", "--port", str(port)],
                                    stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         while True:
@@ -147,33 +149,35 @@ class Costs:
         earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         path.write_text(json.dumps({**earlier, **{name: round(cost, 2) for name, cost in self.by_file.items()}}, indent=1), encoding="utf-8")
 
+    def pytest_collection(self, session):
+        self.turn_to("imports of all test files")
 
-COSTS = Costs()
-
-
-def pytest_collection(session):
-    COSTS.turn_to("imports of all test files")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item, nextitem):
-    COSTS.turn_to(item.nodeid.split("::")[0])
-    return (yield)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(fixturedef, request):
-    "What a whole session shares (the hub's start, the browser's) has a row of its own."
-    if fixturedef.scope != "session":
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item, nextitem):
+        self.turn_to(item.nodeid.split("::")[0])
         return (yield)
-    before = COSTS.current
-    COSTS.turn_to("the shared hub and browser")
-    try:
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef, request):
+        "What a whole session shares (the hub's start, the browser's) has a row of its own."
+        if fixturedef.scope != "session":
+            return (yield)
+        before = self.current
+        self.turn_to("the shared hub and browser")
+        try:
+            return (yield)
+        finally:
+            self.turn_to(before)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item, nextitem):
+        if nextitem is None:  # the hub and the browser end now, and what they had cost until here is to be known before
+            self.turn_to("the shared hub and browser")
         return (yield)
-    finally:
-        COSTS.turn_to(before)
+
+    def pytest_sessionfinish(self, session):
+        self.write(ROOT / "build" / "budget" / "tests.json")
 
 
-def pytest_sessionfinish(session):
-    if not hasattr(session.config, "workerinput"):
-        COSTS.write(ROOT / "build" / "budget" / "tests.json")
+def pytest_configure(config):
+    config.pluginmanager.register(Costs())  # as a plugin: a conftest below the root is not asked about fixtures of the session

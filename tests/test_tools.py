@@ -411,10 +411,14 @@ def test_budget_counts_processor_time_of_a_notebook_and_its_children(tmp_path):
 
 
 def test_budget_counts_processor_time_of_a_test_file(tmp_path):
-    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text().replace("Path(__file__).resolve().parent.parent", "Path(__file__).resolve().parent"))
-    (tmp_path / "test_busy.py").write_text(f"def test_it():\n    " + BUSY.replace("\n", "\n    ") + "\n")
-    (tmp_path / "test_child.py").write_text(f"def test_it():\n    " + CHILD.replace("\n", "\n    ") + "\n")
-    (tmp_path / "test_idle.py").write_text("def test_it():\n    pass\n")
-    subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    inside = lambda source: "    " + source.replace("\n", "\n    ") + "\n"
+    (tmp_path / "tests" / "test_busy.py").write_text("def test_it():\n" + inside(BUSY))
+    (tmp_path / "tests" / "test_child.py").write_text("def test_it():\n" + inside(CHILD))
+    (tmp_path / "tests" / "test_idle.py").write_text("import pytest\n@pytest.fixture(scope='session')\ndef shared():\n" + inside(BUSY) + "def test_it(shared):\n    pass\n")
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "tests"], cwd=tmp_path, check=True,
+                   capture_output=True, timeout=120)
     costs = json.loads((tmp_path / "build/budget/tests.json").read_text())
-    assert costs["test_busy.py"] > 0.55 and costs["test_child.py"] > 0.55 and costs["test_idle.py"] < 0.3
+    assert costs["tests/test_busy.py"] > 0.55 and costs["tests/test_child.py"] > 0.55 and costs["tests/test_idle.py"] < 0.3
+    assert costs["the shared hub and browser"] > 0.55

@@ -3,6 +3,7 @@
 
     python tools/run_notebooks.py                        every notebook below nbs/
     python tools/run_notebooks.py nbs/llm/10_eora.ipynb  some of them
+    python tools/run_notebooks.py PATH --flags slow      cells marked `#| slow` too, whose outputs are kept otherwise
     python tools/run_notebooks.py --check                run nothing; are outputs there, free of errors and small?
     python tools/run_notebooks.py --metadata             run nothing; give every notebook the metadata of the house
 
@@ -54,13 +55,13 @@ def set_metadata(path):
     return changed
 
 
-def run_here(path, root):
-    "Run one notebook in this process and write it back with its outputs."
+def run_here(path, root, wanted=()):
+    "Run one notebook in this process and write it back with its outputs; cells with a wanted flag run too."
     from execnb.nbio import nb2dict, read_nb, write_nb
     from execnb.shell import CaptureShell
     from nbdev.clean import clean_nb
 
-    path, flags = Path(path).resolve(), skip_flags(root)
+    path, flags = Path(path).resolve(), skip_flags(root) - set(wanted)
     notebook = read_nb(path)
     sys.path.insert(0, str(Path(root).resolve()))
     os.chdir(path.parent)
@@ -81,9 +82,9 @@ def run_here(path, root):
     return 0
 
 
-def run_in_child(path, *, root=ROOT, timeout=900):
+def run_in_child(path, *, root=ROOT, timeout=900, wanted=()):
     "Run one notebook in a child process; None if it went well, else what went wrong."
-    command = [sys.executable, str(Path(__file__).resolve()), "--here", "--root", str(root), str(path)]
+    command = [sys.executable, str(Path(__file__).resolve()), "--here", "--root", str(root), str(path), *(["--flags", *wanted] if wanted else [])]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                              text=True, errors="replace", stdin=subprocess.DEVNULL)
     try:
@@ -131,6 +132,7 @@ def main(argv=None):
     parser.add_argument("paths", nargs="*", type=Path, help="notebooks (default: all below nbs/)")
     parser.add_argument("--check", action="store_true", help="run nothing, look at the stored outputs")
     parser.add_argument("--metadata", action="store_true", help="run nothing, set kernel and language")
+    parser.add_argument("--flags", nargs="*", default=[], help="run cells with these flags too, such as slow")
     parser.add_argument("--timeout", type=float, default=900, help="seconds a notebook may take (default 900)")
     parser.add_argument("--size-mb", type=float, default=1.5, help="largest notebook in MB (default 1.5)")
     parser.add_argument("--workers", type=int, default=1, help="notebooks at a time (default 1)")
@@ -138,7 +140,7 @@ def main(argv=None):
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.here:
-        return run_here(args.paths[0], args.root)
+        return run_here(args.paths[0], args.root, args.flags)
     paths, failed = args.paths or notebook_paths(args.root), 0
     if args.metadata:
         print(f"run_notebooks: metadata set in {sum(map(set_metadata, paths))} of {len(paths)} notebooks")
@@ -146,7 +148,7 @@ def main(argv=None):
 
     def work(path):
         started = time.time()
-        error = None if args.check else run_in_child(path, root=args.root, timeout=args.timeout)
+        error = None if args.check else run_in_child(path, root=args.root, timeout=args.timeout, wanted=args.flags)
         found = [error] if error else problems_of(path, root=args.root, size_mb=args.size_mb)
         return path, found, time.time() - started
 

@@ -306,7 +306,8 @@ def _outputs() -> tuple[list, list]:
     with gr.Column(visible=False) as late:
         with gr.Row():
             sizes, heat = gr.Plot(label="Perplexity against megabytes", min_width=310), gr.Plot(label="All layers", min_width=310)
-        layer = gr.Dropdown([], label="Layer", interactive=True)
+        first = f"model.layers.{OPENING['block']}.{OPENING['layer']}"
+        layer = gr.Dropdown([first], value=first, label="Layer", interactive=True)
         curves, words = gr.Plot(label="Error against rank"), gr.Plot(label="Next word")
         text = gr.Textbox(label="The prompt, continued", lines=5, interactive=False)
         make, size = gr.Button("Make the adapter at the rank of the slider"), gr.Markdown()

@@ -1,0 +1,90 @@
+"Every ready app opens alive: its finished example is there before a click, nothing stands empty, and programs get the same courtesy."
+import functools
+import importlib
+import re
+
+import pytest
+from gradio_client import Client
+
+from hkust_demos.catalog import METHODS, ready_methods
+
+OPENING_MS = 60_000  # patience, not the promise: benchmarks/apps.py measures
+FINISHED = """() => [...document.querySelectorAll('#finished img, #finished svg')].some(picture => {
+    const box = picture.getBoundingClientRect();
+    return box.width >= 100 && box.height >= 40 && (picture.tagName !== 'IMG' || (picture.complete && picture.naturalWidth > 0));
+})"""
+EMPTY = """() => [...document.querySelectorAll('[aria-label="Empty value"], .plot-container, .image-container, .js-plotly-plot, img')].filter(box => {
+    const place = box.getBoundingClientRect();
+    if (place.width < 2 || place.height < 2 || getComputedStyle(box).visibility === 'hidden') return false;
+    if (box.matches('img')) return box.complete && box.naturalWidth === 0;
+    if (box.matches('.js-plotly-plot')) return !box.querySelector('.plot, .gl-container, .heatmaplayer, .main-svg');
+    return box.matches('[aria-label="Empty value"]');
+}).map(box => box.closest('.block')?.innerText || box.outerHTML.slice(0, 80))"""
+
+
+@pytest.fixture(scope="module")
+def opened(hub, browser):
+    "name -> a page that opened the app and noted console errors and requests that leave the machine; nobody clicked."
+    pages = {}
+
+    def open_app(name):
+        if name not in pages:
+            page = pages[name] = browser.new_page(viewport={"width": 1280, "height": 900})
+            page.console_errors, page.outside = [], []
+            page.on("console", lambda message: page.console_errors.append(message.text) if message.type == "error" else None)
+            page.on("pageerror", lambda error: page.console_errors.append(str(error)))
+            page.on("request", lambda request: None if request.url.startswith(("http://127.0.0.1", "data:", "blob:")) else page.outside.append(request.url))
+            page.goto(f"{hub.url}/{name}/")
+        return pages[name]
+
+    yield open_app
+    for page in pages.values():
+        page.close()
+
+
+@pytest.fixture(scope="module")
+def client(hub):
+    "name -> a client of the app."
+    return functools.cache(lambda name: Client(f"{hub.url}/{name}/", verbose=False))
+
+
+@pytest.mark.parametrize("name", ready_methods())
+def test_the_finished_example_is_there_before_any_click(opened, name):
+    page = opened(name)
+    page.wait_for_function(FINISHED, timeout=OPENING_MS)
+    assert page.locator("#finished").count() == 1 and page.locator("#finished").is_visible()
+
+
+@pytest.mark.parametrize("name", ready_methods())
+def test_nothing_stands_empty_fails_or_leaves_the_machine(opened, name):
+    page = opened(name)
+    page.wait_for_function(FINISHED, timeout=OPENING_MS)
+    page.wait_for_timeout(2500)  # what follows the first picture has come
+    assert page.evaluate(EMPTY) == []
+    assert page.console_errors == [] and page.outside == []
+
+
+@pytest.mark.parametrize("name", ready_methods())
+def test_every_parameter_of_every_endpoint_has_a_name_and_a_default(client, name):
+    endpoints = client(name).view_api(print_info=False, return_format="dict")["named_endpoints"]
+    assert {"/live", "/run"} <= {*endpoints}
+    parameters = [(endpoint, parameter) for endpoint, about in endpoints.items() for parameter in about["parameters"]]
+    nameless = [endpoint for endpoint, parameter in parameters if re.fullmatch(r"param_\d+|args?_?\d*|x\d*", parameter["parameter_name"] or "param_0")]
+    required = [(endpoint, parameter["parameter_name"]) for endpoint, parameter in parameters if not parameter["parameter_has_default"]]
+    assert nameless == [] and required == []
+
+
+@pytest.mark.parametrize("name", ready_methods())
+def test_live_answers_without_an_argument_and_follows_each_knob(client, name):
+    page, knobs = client(name), importlib.import_module(METHODS[name].app).LIVE_KNOBS
+    first = page.predict(api_name="/live")
+    assert first and knobs
+    for knob, values in knobs.items():
+        answers = [page.predict(**{knob: value}, api_name="/live") for value in values[:3]]
+        assert len({str(answer) for answer in answers}) == len(values[:3]), f"{knob} changes nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ready_methods())
+def test_run_answers_without_an_argument(client, name):
+    assert client(name).predict(api_name="/run")
