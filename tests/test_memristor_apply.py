@@ -22,6 +22,17 @@ from hkust_demos.memristor.settings import ChipSettings
 from hkust_demos.memristor.ternary import chip_layers
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_chips():
+    "Chips that measure themselves on fewer samples; the test samples, and so every count below, stay."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shipped, "CALIBRATION", {"digits": 300, "mnist": 300, "shapes": 200})
+        patch.setattr(shipped, "MOVED", {"digits": 300, "mnist": 100, "shapes": 50})
+        shipped.load_task.cache_clear()
+        yield
+    shipped.load_task.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def chip():
     "The chip of the default settings, for digits."
@@ -72,7 +83,7 @@ def test_same_settings_give_the_same_chip_bit_for_bit(chip):
     for name, layer in chip_layers(made.dynamic.network).items():
         assert torch.equal(layer.g_pos, chip_layers(chip.dynamic.network)[name].g_pos)
     assert torch.equal(made.test.sims, chip.core.test.sims) and torch.equal(made.search.logits, chip.core.search.logits)
-    other = build_chip("digits", replace(chip.settings, seed=1))
+    other = build_chip("digits", replace(chip.settings, seed=1), live=True)
     assert not torch.equal(chip_layers(other.dynamic.network)["stem.0"].g_pos, chip_layers(chip.dynamic.network)["stem.0"].g_pos)
 
 
@@ -102,7 +113,7 @@ def test_answers_survive_threads(chip):
 def test_the_global_generator_and_the_task_stay_as_they_were(chip):
     torch.manual_seed(7)
     before, weights = torch.get_rng_state(), {k: v.clone() for k, v in chip.task.network.state_dict().items()}
-    build_chip("digits", ChipSettings(seed=77)).accuracy_report()
+    build_chip("digits", ChipSettings(seed=77), live=True).accuracy_report()
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(v, weights[k]) for k, v in chip.task.network.state_dict().items())
 
@@ -161,7 +172,7 @@ def test_tiles_cover_a_layer(chip):
 
 
 def test_float_weights_fill_the_range(chip):
-    linear = build_chip("digits", replace(chip.settings, mapping="linear"))
+    linear = build_chip("digits", replace(chip.settings, mapping="linear"), live=True)
     target = linear.conductances("blocks.0.conv1").target_pos
     assert len(np.unique(target)) > 100 and target.min() == 2 and target.max() <= 50
     assert len(np.unique(chip.conductances("blocks.0.conv1").target_pos)) == 2
@@ -176,9 +187,9 @@ def test_many_chips_refuse_nonsense(call, word):
 
 
 def test_progress_is_told():
-    seen = []
-    sweeps.yield_over_chips("digits", n=2, progress=lambda *step: seen.append(step))
-    sweeps.largest_noise("digits", ChipSettings(read_noise=0.0), n_chips=1, steps=1, progress=lambda *step: seen.append(step))
+    seen, few = [], core.live_task(shipped.load_task("digits"))
+    sweeps.yield_over_chips(few, n=2, progress=lambda *step: seen.append(step))
+    sweeps.largest_noise(few, ChipSettings(read_noise=0.0), n_chips=1, steps=1, progress=lambda *step: seen.append(step))
     assert seen == [(1, 2), (2, 2), (1, 3), (2, 3), (3, 3)]
 
 

@@ -1,5 +1,6 @@
 """The memristor study: splits that nobody tuned on, a test set that chooses nothing, networks kept on disk, rows that can be resumed."""
 import math
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -16,14 +17,12 @@ RESULTS = Path(__file__).parent.parent / "results"
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
-    "A cache of its own, a setting that trains in a second, and nothing remembered."
+    "A cache of its own, a setting that trains in a second, and nothing remembered; what other tests have trained stays."
     monkeypatch.setenv("HKUST_DEMOS_CACHE", str(tmp_path))
     monkeypatch.setitem(SETTINGS, "digits", SETTINGS["digits"]._replace(sizes=(128, 50, 50), epochs=1))
-    for one in (samples, trained, room._software):
-        one.cache_clear()
-    yield tmp_path
-    for one in (samples, trained, room._software):
-        one.cache_clear()
+    for name in ("samples", "trained", "_software"):
+        monkeypatch.setattr(room, name, lru_cache(getattr(room, name).__wrapped__))
+    return tmp_path
 
 
 @pytest.fixture
@@ -79,43 +78,43 @@ def test_float_and_ternary_start_alike():
 
 
 def test_a_network_is_trained_once_and_read_back(own_cache, count_trainings):
-    network = trained("digits", "ternary", 0)
+    network = room.trained("digits", "ternary", 0)
     assert len(count_trainings) == 1 and len(list((own_cache / "memristor-study").iterdir())) == 1
-    trained.cache_clear()
-    again = trained("digits", "ternary", 0)
-    images = samples("digits", 0).test[0]
+    room.trained.cache_clear()
+    again = room.trained("digits", "ternary", 0)
+    images = room.samples("digits", 0).test[0]
     assert len(count_trainings) == 1
     assert torch.equal(evaluation_features(network, images)[0], evaluation_features(again, images)[0])
 
 
 def test_a_changed_recipe_trains_anew(own_cache, count_trainings, monkeypatch):
-    trained("digits", "float", 0)
+    room.trained("digits", "float", 0)
     monkeypatch.setitem(SETTINGS, "digits", SETTINGS["digits"]._replace(lr={"ternary": 6e-3, "float": 1e-3}))
-    trained.cache_clear()
-    trained("digits", "float", 0)
+    room.trained.cache_clear()
+    room.trained("digits", "float", 0)
     assert len(count_trainings) == 2 and count_trainings[1]["lr"] == 1e-3 != count_trainings[0]["lr"]
 
 
 def test_a_half_written_network_is_trained_anew_and_a_damaged_one_refused(own_cache, count_trainings):
-    trained("digits", "ternary", 0)
+    room.trained("digits", "ternary", 0)
     folder = next((own_cache / "memristor-study").iterdir())
     (folder / "card.json").unlink()
-    trained.cache_clear()
-    trained("digits", "ternary", 0)
+    room.trained.cache_clear()
+    room.trained("digits", "ternary", 0)
     assert len(count_trainings) == 2
     (folder / "weights.safetensors").write_bytes(b"damaged")
-    trained.cache_clear()
+    room.trained.cache_clear()
     with pytest.raises(ValueError, match="changed or is incomplete"):
-        trained("digits", "ternary", 0)
+        room.trained("digits", "ternary", 0)
 
 
 def test_quick_networks_stay_off_the_disk(own_cache):
-    trained("digits", "ternary", 0, True)
+    room.trained("digits", "ternary", 0, True)
     assert not (own_cache / "memristor-study").exists()
 
 
 def test_deep_supervision_is_what_plain_lacks(count_trainings, own_cache):
-    trained("digits", "ternary", 0, True), trained("digits", "plain", 0, True)
+    room.trained("digits", "ternary", 0, True), room.trained("digits", "plain", 0, True)
     assert [call["deep_supervision"] for call in count_trainings] == [True, False]
     assert len({call["lr"] for call in count_trainings}) == len({call["seed"] for call in count_trainings}) == 1
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.digits import augment_digits, load_digits8, split
+from ..data.digits import augment_digits
 from .cam import ExitPolicy, ExitResult, SemanticMemory, exit_scores
 from .crossbar import CrossbarConfig
 from .device import DeviceModel
