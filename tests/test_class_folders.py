@@ -33,6 +33,7 @@ def folder(root, files):
     (["mel/train/1.png", "mel/test/2.png", "nv/train/3.png"], ["mel", "mel", "nv"], ["", "", ""], ["train", "test", "train"]),
     (["Training/mel/1.png", "Validation/nv/2.png"], ["mel", "nv"], ["", ""], ["Training", "Validation"]),
     (["mel/patient_01/1.png", "nv/patient_02/2.png", "nv/patient_01/3.png"], ["mel", "nv", "nv"], ["patient_01", "patient_02", "patient_01"], ["", "", ""]),
+    (["mel/patient_mel_001/1.png", "nv/patient_nv_002/2.png"], ["mel", "nv"], ["patient_mel_001", "patient_nv_002"], ["", ""]),
     (["mel/1/1.png", "nv/1/2.png"], ["mel", "nv"], ["mel/1", "nv/1"], ["", ""]),
     (["sub-01/mel/1.png", "sub-02/nv/2.png"], ["mel", "nv"], ["sub-01", "sub-02"], ["", ""]),
     (["mel/1.png", "mel/masks/1.png", "nv/2.png"], ["mel", None, "nv"], ["", "", ""], ["", "", ""]),

@@ -593,6 +593,7 @@ def test_a_survey_keeps_its_shape(tmp_path, ending):
 
 
 @pytest.mark.parametrize("text, sentence", [("1,5,2,5,3,5\n" * 100, "six whole numbers or three decimal commas"),
+                                            ("1,234,567.5 2.5 3.5\n" * 100, "commas for thousands"),
                                             ("x y r g b\n" + "1 2 3 4 5\n" * 100, "does not name x, y and z"),
                                             ("x y z x\n" + "1 2 3 4\n" * 100, "does not name x, y and z")])
 def test_point_lists_that_mean_two_things(tmp_path, text, sentence):

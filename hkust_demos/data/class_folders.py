@@ -126,6 +126,8 @@ def folder_role(
     role = next((role for role, names in (("part", _PARTS), ("masks", _MASKS), ("container", _CONTAINERS)) if plain in names), None)
     rest = _PATIENT.sub("", folder.casefold())
     n_digits, n_letters = sum(map(str.isdigit, rest)), sum(map(str.isalpha, rest))
+    if not role and re.match(r"(?:patient|subject|participant|proband|volunteer)[\W\d_].*\d", folder.casefold()):
+        return "identity"
     if role or not n_digits or n_digits < n_letters:
         return role or "word"
     return "identity" if rest != folder.casefold() or n_digits >= 3 else "code"

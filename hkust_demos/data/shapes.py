@@ -542,6 +542,8 @@ _GERMAN = re.compile(rb"\s*(?:[-+]?\d*(?:,\d+)?(?:[eE][-+]?\d+)?(?:\s*;\s*|\s+|$
 def _plain_numbers(lines: list[bytes], has_axes: bool) -> tuple[list[bytes], bool]:
     "Lines with decimal points and blanks, and whether their commas were decimal."
     is_decimal = any(b"," in line for line in lines) and all(map(_GERMAN.fullmatch, lines))
+    if not is_decimal and any(re.search(rb"(?:^|[\s;])[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?[\s;]", line) for line in lines):
+        raise ShapeError("holds numbers such as 1,234.5 with commas for thousands; save it without them")
     fields = {line.count(b",") + 1 for line in lines}
     if not (is_decimal or has_axes) and fields == {6} and not any(sign in line for line in lines for sign in (b".", b" ", b";", b"\t")):
         raise ShapeError("has six whole numbers or three decimal commas on each line; name the columns in a heading, or save it with decimal points")
