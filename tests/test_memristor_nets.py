@@ -29,7 +29,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def network(digits):
-    return train_network(build_seeded(SMALL, seed=0), *digits[0], epochs=20, seed=0)
+    return train_network(build_seeded(SMALL, seed=0), *digits[0], epochs=10, seed=0)
 
 
 @pytest.fixture(scope="module")

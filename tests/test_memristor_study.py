@@ -133,7 +133,7 @@ def test_rows_of_every_kind_run(variant):
 
 def test_rows_are_reproducible():
     for variant in ("digits/noise/range-15/float+bn", "digits/chip/range-15"):
-        first, again = ({name: value for name, value in run(variant, 1, True).items() if value == value} for _ in range(2))
+        first, again = ({name: value for name, value in run(variant, 0, True).items() if value == value} for _ in range(2))
         assert first == again and len(first) > 1 - ("/noise/" in variant)
 
 
