@@ -36,14 +36,14 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    "The app, up and warm as it is in a hub; two prepared chips instead of nine, and chips that measure themselves on fewer samples."
+    "The app, up and warm as it is in a hub; two prepared chips instead of nine, and chips of the other tasks that measure themselves on fewer samples."
     from hkust_demos.apps.memristor import warm_up
     from hkust_demos.memristor import prepared, shipped
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HKUST_DEMOS_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(prepared, "NOISE_STEPS", prepared.NOISE_STEPS[:2])
-        patch.setattr(shipped, "CALIBRATION", {"digits": 300, "mnist": 300, "shapes": 200})
-        patch.setattr(shipped, "MOVED", {"digits": 300, "mnist": 100, "shapes": 50})
+        patch.setattr(shipped, "CALIBRATION", shipped.CALIBRATION | {"mnist": 300, "shapes": 200})
+        patch.setattr(shipped, "MOVED", shipped.MOVED | {"mnist": 100, "shapes": 50})
         shipped.load_task.cache_clear()
         warm_up()
         running = Server()

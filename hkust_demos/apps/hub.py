@@ -29,7 +29,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from .. import __version__
 from .reader import notebook_page, page_html
-from ..catalog import METHODS, Method
+from ..catalog import METHODS, Method, ready_methods
 
 # %% ../../nbs/apps/90_hub.ipynb #8453a1d7
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "nbs" if "__file__" in globals() else Path("..").resolve()
@@ -71,7 +71,7 @@ def index_page() -> str:
     "The front door."
     groups = "".join(f'<h2>{title}</h2><section class="cards">{"".join(_card(m) for m in METHODS.values() if m.family == family)}</section>'
                      for family, title in FAMILIES.items())
-    body = (f"<style>{CARDS}</style><h1>hkust-demos</h1><p class='lead'>Ten research methods that run on this laptop: understand them line by line, "
+    body = (f"<style>{CARDS}</style><h1>hkust-demos</h1><p class='lead'>Research methods of {len(METHODS)} papers, {len(ready_methods())} of them ready, on this laptop: understand them line by line, "
             f"try them on your own model or scan, reuse the code.</p>{groups}")
     return page_html("hkust-demos", body)
 

@@ -432,14 +432,12 @@ def noise_map(table: pd.DataFrame):
 def picture(table: pd.DataFrame):
     "Digits on cells with 15 % range noise, mean over seeds; None while rows are missing."
     rows = table.groupby("variant").accuracy
-    names = {name: f"digits/noise/range-15/{net}" for name, net in zip(NET_NAMES, NOISE_NETS)}
+    names = {name.replace("recal", "batch norm recal"): f"digits/noise/range-15/{net}" for name, net in zip(NET_NAMES, NOISE_NETS)}
     if not set(names.values()) <= set(rows.groups):
         return None
     mean, spread = rows.mean(), rows.std().fillna(0)
     return bars({name: 100 * mean[row] for name, row in names.items()}, errors={name: 100 * spread[row] for name, row in names.items()},
                 title="15 % range noise: ternary weights survive", y_label="digits told right (%), no exits")
-
-
 
 # %% ../../nbs/memristor/21_study.ipynb #cdd80129
 QUICK_ROWS = ("digits/static", "digits/dynamic", "digits/ablation/float-cam", "digits/noise/range-15", "digits/noise/proportional-15", "digits/tiles/3")
