@@ -180,7 +180,7 @@ def _margin_labels(panel, labels: list[tuple], height: float) -> None:
 def _sort_ends(panel, drawn: Sequence[tuple], line_height: float) -> tuple[list, list] | None:
     "Labels for the margin, and labels beside their lines; None where one finds no place."
     shares = [_inside(panel, x, y) for _, _, x, y in drawn]
-    taken, margin, beside = np.concatenate([_dense(points) for points in shares]), [], []
+    taken, margin, beside = np.concatenate([np.empty((0, 2)), *map(_dense, shares)]), [], []
     for (name, color, x, y), points in zip(drawn, shares):
         text, good = textwrap.fill(name, 22), np.isfinite(x) & np.isfinite(y)
         if len(points) and points[-1, 0] > 0.85:
