@@ -27,7 +27,7 @@ ROLES = {
     "predicted": "fifth",
     "oracle|upper bound|upper-bound|ceiling": "reference",
     "static": "baseline",
-    "ours|eora|rolora|d2ue|dual|dual-space|ltuda|vip|gpfm|fednpr|npr|fedia|fedmlp|memristor|dynamic|ternary": "ours",
+    "ours|the method|with exits|eora|rolora|d2ue|dual|dual-space|ltuda|vip|gpfm|fednpr|npr|fedia|fedmlp|memristor|dynamic|ternary": "ours",
     "full precision|full-precision|full|fp16|fp32|bf16|float|float32|released|released model|software|central|centralized|pooled|fully supervised|all labels|clean labels": "reference",
     "baseline|svd|plain|weight|fedavg|spread|output_std|lora|qlora|zero-shot|clip|linear probe|partial labels|supervised only|scratch": "baseline",
     "act|act-s|reconstruction|balanced softmax|bsm|coop|spinquant|quarot": "second",
@@ -180,7 +180,7 @@ def _margin_labels(panel, labels: list[tuple], height: float) -> None:
 def _sort_ends(panel, drawn: Sequence[tuple], line_height: float) -> tuple[list, list] | None:
     "Labels for the margin, and labels beside their lines; None where one finds no place."
     shares = [_inside(panel, x, y) for _, _, x, y in drawn]
-    taken, margin, beside = np.concatenate([_dense(points) for points in shares]), [], []
+    taken, margin, beside = np.concatenate([np.empty((0, 2)), *map(_dense, shares)]), [], []
     for (name, color, x, y), points in zip(drawn, shares):
         text, good = textwrap.fill(name, 22), np.isfinite(x) & np.isfinite(y)
         if len(points) and points[-1, 0] > 0.85:
@@ -271,8 +271,9 @@ def bars(
         colors = [variant_color(n, dark=dark) for n in names]
         panel.barh(names, heights, xerr=np.nan_to_num(spread) if errors else None, color=colors, height=0.62,
                    error_kw={"ecolor": tone["ink"], "capsize": 3, "elinewidth": 1})
+        reach = np.nanmax(np.abs(heights), initial=1e-12)
         for index, height in enumerate(heights):
-            sign = -1 if height < 0 else 1
+            sign = -1 if height < -0.02 * reach else 1
             panel.annotate(f"{height:.3g}", (height + sign * np.nan_to_num(spread[index]), index), (4 * sign, 0), textcoords="offset points",
                            va="center", ha="left" if sign > 0 else "right", fontsize=9, zorder=4,
                            bbox=dict(facecolor=tone["paper"], edgecolor="none", pad=0.8))
@@ -282,7 +283,7 @@ def bars(
             figure.legend(fontsize=9, loc="outside lower right", ncols=3, handlelength=3)
         panel.invert_yaxis()
         panel.grid(axis="y", visible=False)
-        panel.margins(x=0.12)
+        panel.set_xlim(left=panel.get_xlim()[0] - 0.15 * reach if heights.min(initial=0) < -0.02 * reach else None, right=panel.get_xlim()[1] + 0.12 * reach)
         return figure
 
 # %% ../nbs/02_viz.ipynb #ca11a05c
