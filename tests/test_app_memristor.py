@@ -340,9 +340,9 @@ def test_the_cells_of_a_tile(client):
 
 
 def test_noise_curves_meet_the_chip_in_use(client):
-    text, *_ = press(client, amount=0.2)
+    text, *_ = press(client, amount=0.11)
     curves = figure(client.predict(api_name="/sweep"))["data"]
-    assert [line["name"] for line in curves] == ["ternary", "float", "you are here"] and curves[2]["x"] == [0.2]
+    assert [line["name"] for line in curves] == ["ternary", "float", "you are here"] and curves[2]["x"] == [0.11]
     assert f"{curves[2]['y'][0]:.1f}% without exits" in text
     assert curves[0]["y"][-2] > curves[1]["y"][-2] + 20  # noise that is the same for every cell: ternary wins
 
@@ -420,11 +420,13 @@ def test_a_person_draws_a_digit(page):
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 0.8 * box["height"], steps=12)
     page.mouse.up()
+    answer = page.get_by_text("The chip says: 1", exact=True)
     for _ in range(5):  # on a busy machine the pad hands its drawing over late; a person presses again
         page.wait_for_timeout(1000)
         page.get_by_role("button", name="Run", exact=True).click()
-        page.wait_for_timeout(4000)
-        if page.get_by_text("The chip says: 1", exact=True).count():
+        for _ in range(16):
+            page.wait_for_timeout(0 if answer.count() else 250)
+        if answer.count():
             break
     page.get_by_text("The chip says: 1", exact=True).wait_for(timeout=60_000)
     assert page.problems == [] and page.outside == []
