@@ -215,6 +215,18 @@ def _text_of(record: dict[str, str], number: int, field: str, name: str) -> str:
         raise ValueError(f"{name}, line {number}: no text field {field!r}; fields with text: {sorted(record) or 'none'}")
     return record[field].strip()
 
+# %% ../../nbs/data/00_text.ipynb #6f1c2d3e
+def _refuse_gaps(records: Sequence[dict[str, str]], common: dict[str, float], name: str) -> None:
+    "Refuse a file whose text stands in a field that some records lack."
+    totals = {}
+    for record in records:
+        for key in set(record) - set(common):
+            totals[key] = totals.get(key, 0) + _prose(record[key])
+    fullest = max(totals, key=totals.get, default=None)
+    if fullest and totals[fullest] > 4 * max(common.values(), default=0):
+        line = next(number for number, record in enumerate(records, 1) if fullest not in record)
+        raise ValueError(f"{name}, record {line}: it lacks the field {fullest!r}, which holds most of the text; give it one or leave the record out")
+
 # %% ../../nbs/data/00_text.ipynb #a8e877db
 _TEXT_NAMES = ("text", "content", "body", "document", "article", "messages", "conversations", "question")
 
@@ -233,6 +245,7 @@ def text_field(
     common = {key for key in records[0] if sum(key in record for record in records) == len(records)} if records else set()
     weights = {key: sum(_prose(record[key]) for record in records) or sum(len(record[key]) for record in records) / 1000 for key in common}
     ranked = sorted(weights, key=weights.get, reverse=True)
+    _refuse_gaps(records, weights, name)
     if not ranked:
         raise ValueError(f"{name}, line 1: no text field that all records have; give each a field \"text\"")
     named = next((key for key in _TEXT_NAMES if 2 * weights.get(key, -1) >= weights[ranked[0]]), None)
