@@ -244,7 +244,7 @@ def text_field(
     "Decide by evidence which field of a .jsonl is the text; raises ValueError if two could be."
     common = {key for key in records[0] if sum(key in record for record in records) == len(records)} if records else set()
     weights = {key: sum(_prose(record[key]) for record in records) or sum(len(record[key]) for record in records) / 1000 for key in common}
-    ranked = sorted(weights, key=weights.get, reverse=True)
+    ranked = sorted(weights, key=lambda key: (-weights[key], key))
     _refuse_gaps(records, weights, name)
     if not ranked:
         raise ValueError(f"{name}, line 1: no text field that all records have; give each a field \"text\"")
