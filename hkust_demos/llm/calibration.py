@@ -251,7 +251,7 @@ def stream_input_statistics(
     with watch_inputs(linear_layers(model, module_filter), share) as watcher:
         for done, batch in enumerate(batches, 1):
             watcher.mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-            with torch.inference_mode():
+            with torch.no_grad():  # not inference_mode: the sums may be joined later
                 _run(model, batch)
             yield done, len(batches), watcher.found
 

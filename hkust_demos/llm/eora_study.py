@@ -12,13 +12,14 @@ from functools import lru_cache
 import pandas as pd
 import torch
 from torch import Tensor
-from ..data.text import capital_questions, demo_corpora
+from ..data.text import demo_corpora
 from .adapters import finetune, zero_paths
 from .calibration import InputStatistics, collect_input_statistics
 from .compress import Compressor, compress_model
 from .eora import (budget_ranks, compress_and_compensate, error_curve, layer_error, linear_layers, low_rank_path,
                                   solve_paths)
-from .evaluate import multiple_choice_accuracy, paired_bootstrap, perplexity
+from .eora_tokens import TOKEN_METRICS, TOKEN_NEEDS, run_tokens, single_draw, token_variants
+from .evaluate import paired_bootstrap, perplexity
 from .lowrank import LowRankPath, attach_paths, detach_paths
 from .models import load_demo_lm
 from ..study import Study
@@ -46,18 +47,16 @@ def main_variants() -> list[str]:
 
 # %% ../../nbs/llm/11_eora_study.ipynb #58a5e856
 def further_variants() -> list[str]:
-    "Quantized paths, budgets, sequential mode, short calibration, other text, questions, fine-tuning."
+    "Quantized paths, budgets, sequential mode, short calibration, other text, fine-tuning."
     names = [f"wanda-2:4/eora/r{r}/{b}bit" for r in (64, 128) for b in (4, 3)]
     names += [f"{c}/eora/budget64" for c in ("wanda-2:4", "gptq-3bit-row")]
     names += [f"{c}/eora/r64/sequential" for c in ("wanda-2:4", "gptq-3bit-row")]
     names += ["wanda-2:4/eora/r64/elements"]
     names += [f"short/{t}/{s}" for t in (128, 512, 2560) for s in ("svd", "plain", "auto", "half")]
-    names += ["capitals/released"] + [f"capitals/{c}/{m}" for c in ("wanda-2:4", "gptq-3bit-row") for m in ("none", "svd", "eora")]
     return names + [f"finetune/{start}" for start in ("zero", "svd", "eora")]
 
 # %% ../../nbs/llm/11_eora_study.ipynb #36cc06b3
-METRICS = ["ppl_python", "ppl_elements", "ratio_python", "ratio_python_low", "ratio_python_high", "ratio_elements",
-           "ratio_elements_low", "ratio_elements_high", "extra_mb", "error_left", "accuracy", "accuracy_stderr", "lr"]
+METRICS = [*TOKEN_METRICS, "extra_mb", "error_left", "lr"]
 QUICK_BLOCKS = tuple(f"model.layers.{block}." for block in range(6))  # compressed in the quick form
 
 # %% ../../nbs/llm/11_eora_study.ipynb #30234d72
@@ -200,18 +199,6 @@ def _run_short(laboratory: Laboratory, n_tokens: int, kind: str, seed: int) -> d
         shares.append(layer_error(delta, paths[name], cov) / layer_error(delta, None, cov))
     return {"error_left": sum(shares) / len(shares)}
 
-# %% ../../nbs/llm/11_eora_study.ipynb #4b880a9e
-def _run_capitals(laboratory: Laboratory, compression: str, method: str, seed: int) -> dict[str, float]:
-    "Accuracy on held-out capital questions; seeds change the questions' distractors and the calibration set."
-    items = capital_questions(seed=seed)[: 16 if laboratory.quick else None]
-    if compression == "released":
-        model = laboratory.model
-    else:
-        paths = {} if method == "none" else _truncate(laboratory.paths(compression, method, seed), 64)
-        model = attach_paths(laboratory.compressed(compression), paths)
-    result = multiple_choice_accuracy(model, laboratory.tokenizer, items)
-    return {"accuracy": result.acc_norm, "accuracy_stderr": result.stderr}
-
 # %% ../../nbs/llm/11_eora_study.ipynb #6b36ef3b
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
@@ -244,16 +231,16 @@ def _laboratory(quick: bool) -> Laboratory:
 
 
 def run(
-    variant: str,  # from `main_variants` or `further_variants`
+    variant: str,  # from `token_variants`, `main_variants` or `further_variants`
     seed: int,
     quick: bool = False,
 ) -> dict[str, float]:  # some of METRICS
     "One run of the study."
+    if variant in token_variants():
+        return run_tokens(variant, seed, quick)
     laboratory, parts = _laboratory(quick), variant.split("/")
     if parts[0] == "short":
         return _run_short(laboratory, int(parts[1]) // (4 if quick else 1), parts[2], seed)
-    if parts[0] == "capitals":
-        return _run_capitals(laboratory, parts[1], parts[-1], seed)
     if parts[0] == "finetune":
         return _run_finetune(laboratory, parts[1], seed)
     if len(parts) == 4 or "budget" in variant:
@@ -273,7 +260,9 @@ def picture(table: pd.DataFrame):
 
 def build_study(quick: bool = False) -> Study:
     "The whole study; the quick form keeps one compression, one rank and the first blocks."
-    variants = [f"wanda-2:4/{v}" for v in ("none", "svd/r64", "rms/r64", "eora/r64")] if quick else main_variants() + further_variants()
+    whole = [*token_variants(), *main_variants(), *further_variants()]
+    variants = [f"wanda-2:4/{v}" for v in ("none", "svd/r64", "rms/r64", "eora/r64")] if quick else whole
     baseline = {v: f"{v.split('/')[0]}/svd/{v.split('/')[2]}" for v in variants
                 if v.count("/") == 2 and v.split("/")[1] in ("act", "rms", "eora") and v.split("/")[2].startswith("r")}
-    return Study("eora", variants, METRICS, run, baseline=baseline, picture=picture)
+    more = {} if quick else {"needs": TOKEN_NEEDS, "once": single_draw()}
+    return Study("eora", variants, METRICS, run, baseline=baseline, picture=picture, **more)
