@@ -69,8 +69,7 @@ class Study:
 
     def _baselines(self) -> dict[str, str]:
         "Variant -> the variant it is compared with."
-        one = self.baseline
-        return one if isinstance(one, dict) else {v: one for v in self.variants if one and v != one}
+        return self.baseline if isinstance(self.baseline, dict) else {v: self.baseline for v in self.variants if self.baseline not in (None, v)}
 
     def table(
         self,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROW', 'SIZES', 'CORE', 'MORE', 'ALPHAS', 'TOKEN_NEEDS', 'TOKEN_TEXTS', 'TOKEN_METRICS', 'token_variants',
-           'single_draw', 'TokenLaboratory', 'calibration_rows', 'unseen_rows', 'statistics_of', 'compressed_model',
-           'paths_of', 'merged', 'reading_lengths', 'read_losses', 'run_tokens']
+           'single_draw', 'Recent', 'TokenLaboratory', 'calibration_rows', 'statistics_of', 'compressed_model',
+           'paths_of', 'merged', 'reading_lengths', 'run_tokens']
 
 # %% ../../nbs/llm/16_eora_tokens.ipynb #0a92ed70
 import gc
@@ -69,13 +69,27 @@ def single_draw() -> tuple[str, ...]:
 
 TOKEN_NEEDS = {"c4/": "c4-wiki-text", "mixed/": "c4-wiki-text", "other/": "c4-wiki-text"}
 
-# %% ../../nbs/llm/16_eora_tokens.ipynb #53bdb3df
-class TokenLaboratory:
+# %% ../../nbs/llm/16_eora_tokens.ipynb #20113ab7
+class Recent:
+    "Remembers the last results of each kind."
+
+    def keep(self, kind: str, key, make: Callable, n: int = 1):
+        "The result of a key; the oldest of n goes before a new one is made."
+        held = self.__dict__.setdefault("_kept", {}).setdefault(kind, {})
+        if key not in held:
+            while len(held) >= n:
+                held.pop(next(iter(held)))
+            gc.collect()
+            held[key] = make()
+        return held[key]
+
+# %% ../../nbs/llm/16_eora_tokens.ipynb #5c1cbaf8
+class TokenLaboratory(Recent):
     "Model, texts, stored statistics, losses read so far."
 
     def __init__(self, quick: bool = False):
         (self.model, self.tokenizer), self.quick, self.folder = load_demo_lm(), quick, TemporaryDirectory()
-        self.kept, self.losses, self.answers = {}, {}, {}
+        self.losses, self.answers = {}, {}
         self.wanted = (lambda name, module: name.startswith(("model.layers.0.", "model.layers.1."))) if quick else None
 
     @cached_property
@@ -89,16 +103,6 @@ class TokenLaboratory:
         found, rows = c4_wiki_text(), lambda documents: pack_sequences(documents, self.tokenizer, sequence_length=ROW)
         c4 = found["c4"].documents
         return {"calibration": rows(c4[:250]), "c4": rows(c4[250:]), "wikipedia": rows(found["wikipedia"].documents)}
-
-    def keep(self, kind: str, key: tuple, make: Callable, n: int = 1):
-        "Remember the last n results of a kind; the oldest goes before a new one is made."
-        held = self.kept.setdefault(kind, {})
-        if key not in held:
-            while len(held) >= n:
-                held.pop(next(iter(held)))
-            gc.collect()
-            held[key] = make()
-        return held[key]
 
 # %% ../../nbs/llm/16_eora_tokens.ipynb #15e52bed
 def calibration_rows(
@@ -115,7 +119,7 @@ def calibration_rows(
     return rows.roll(-(draw * len(rows) // 3), 0)
 
 
-def unseen_rows(laboratory: TokenLaboratory, text: str) -> Tensor:
+def _unseen_rows(laboratory: TokenLaboratory, text: str) -> Tensor:
     "Rows that no calibration reads."
     return laboratory.archive[text] if text in ("c4", "wikipedia") else laboratory.embedded[text]["evaluation"]
 
@@ -207,28 +211,26 @@ def reading_lengths(
 ) -> dict[str, int]:  # text -> tokens
     "Unseen text that a row reads."
     text, tokens, *rest = variant.split("/")
+    compression, rule, *rank = rest or ("", "")
+    is_main = rule in ("svd", "rms", "eora", "eora-auto") and rank == ["r64"] and compression in CORE and text in ("c4", "python")
     if text == "python":
-        return {"python": ROW} if quick else {"python": 4096, "elements": 2048}
+        return {"python": ROW} if quick else {"python": 4096 if is_main else 2048, "elements": 2048}
     if not rest:
         return dict.fromkeys(("c4", "wikipedia", "python"), 8192)
-    if draw:
-        return {"c4": 2048, "wikipedia": 2048}
-    compression, rule, *rank = rest
-    is_end = int(tokens) in SIZES[::3] and compression in list(CORE)[:2] and text == "c4" and rank != ["r128"]
-    if is_end and rule in ("svd", "rms", "eora"):
-        return dict.fromkeys(("c4", "wikipedia", "python"), 8192)
-    is_side = text != "c4" or rule in ("act", "eora-50", "none")
-    return {"c4": 2048 if is_side else 8192 if is_end else 4096, "wikipedia": 2048, "python": 2048}
+    if draw or not is_main:
+        return {"c4": 2048, "wikipedia": 2048} | ({} if text == "c4" else {"python": 2048})
+    is_end = int(tokens) in SIZES[::3] and compression in list(CORE)[:2]
+    return {"c4": 8192 if is_end else 4096, "wikipedia": 8192 if is_end and rule != "eora-auto" else 2048, "python": 2048}
 
-# %% ../../nbs/llm/16_eora_tokens.ipynb #7661c08c
-def read_losses(laboratory: TokenLaboratory, variant: str, draw: int) -> dict[str, Tensor]:
+# %% ../../nbs/llm/16_eora_tokens.ipynb #37ef76d6
+def _read_losses(laboratory: TokenLaboratory, variant: str, draw: int) -> dict[str, Tensor]:
     "Loss of every token of unseen text, read once a row."
     if (variant, draw) in laboratory.losses:
         return laboratory.losses[variant, draw]
     text, tokens, *rest = variant.split("/")
     base = compressed_model(laboratory, text, int(tokens), rest[0], draw) if rest else laboratory.model
     with merged(base, paths_of(laboratory, variant, draw) if rest else {}) as model:
-        laboratory.losses[variant, draw] = {name: perplexity(model, unseen_rows(laboratory, name)[: n // ROW]).nll_per_token
+        laboratory.losses[variant, draw] = {name: perplexity(model, _unseen_rows(laboratory, name)[: n // ROW]).nll_per_token
                                             for name, n in reading_lengths(variant, draw, laboratory.quick).items()}
         if _asks(variant, draw) and not laboratory.quick:
             laboratory.answers[variant] = answered_right(model, laboratory.tokenizer, capital_questions())[1]
@@ -237,13 +239,19 @@ def read_losses(laboratory: TokenLaboratory, variant: str, draw: int) -> dict[st
 
 def _asks(variant: str, draw: int) -> bool:
     "Whether a row answers the questions on capitals too."
-    ends = [f"c4/{size}/{c}/" for size in SIZES[::3] for c in list(CORE)[:2]] + [f"c4/{SIZES[-1]}/wanda-2:4/"]
+    ends = [f"c4/{size}/{c}/" for size in SIZES[::3] for c in list(CORE)[:2]]
     return draw == 0 and (variant == "c4/released" or variant in [f"{end}{rule}/r64" for end in ends for rule in ("svd", "rms", "eora")])
 
 # %% ../../nbs/llm/16_eora_tokens.ipynb #a1ff9bea
 TOKEN_TEXTS = ("c4", "wikipedia", "python", "elements")
 TOKEN_METRICS = [m for t in TOKEN_TEXTS for m in (f"ppl_{t}", *(f"{a}_{t}{b}" for a in ("ratio", "to_rms") for b in ("", "_low", "_high")))]
+TOKEN_METRICS += ["first_c4_2048", "first_c4_4096", "first_wikipedia_2048", "first_python_2048", "first_elements_2048"]
 TOKEN_METRICS += ["read_c4", "read_wikipedia", "read_python", "read_elements", "accuracy", "accuracy_stderr", "gain", "gain_stderr"]
+
+
+def _perplexity(losses: Tensor) -> float:
+    "e to the mean loss."
+    return losses.double().mean().exp().item()
 
 
 def _rivals(variant: str) -> dict[str, str]:
@@ -261,7 +269,7 @@ def _laboratory(quick: bool) -> TokenLaboratory:
     "The shared laboratory of one process."
     return TokenLaboratory(quick)
 
-
+# %% ../../nbs/llm/16_eora_tokens.ipynb #ade45f3a
 def run_tokens(
     variant: str,  # from `token_variants`
     seed: int,  # the draw of the calibration text
@@ -269,9 +277,10 @@ def run_tokens(
 ) -> dict[str, float]:  # some of TOKEN_METRICS
     "One row."
     laboratory, found = _laboratory(quick), {}
-    rivals = {kind: read_losses(laboratory, rival, seed) for kind, rival in _rivals(variant).items()}
-    for text, losses in read_losses(laboratory, variant, seed).items():
-        found |= {f"ppl_{text}": losses.double().mean().exp().item(), f"read_{text}": len(losses) // (ROW - 1) * ROW}
+    rivals = {kind: _read_losses(laboratory, rival, seed) for kind, rival in _rivals(variant).items()}
+    for text, losses in _read_losses(laboratory, variant, seed).items():
+        found |= {f"ppl_{text}": _perplexity(losses), f"read_{text}": len(losses) // (ROW - 1) * ROW}
+        found |= {f"first_{text}_{n}": _perplexity(losses[: n // ROW * (ROW - 1)]) for n in (2048, 4096) if n <= found[f"read_{text}"]}
         for kind, rival in rivals.items():
             n = min(len(losses), len(rival[text]))
             ratio = paired_bootstrap(losses[:n], rival[text][:n])
