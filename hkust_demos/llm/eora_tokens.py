@@ -211,16 +211,18 @@ def reading_lengths(
 ) -> dict[str, int]:  # text -> tokens
     "Unseen text that a row reads."
     text, tokens, *rest = variant.split("/")
-    compression, rule, *rank = rest or ("", "")
-    is_main = rule in ("svd", "rms", "eora", "eora-auto") and rank == ["r64"] and compression in CORE and text in ("c4", "python")
-    if text == "python":
-        return {"python": ROW} if quick else {"python": 4096 if is_main else 2048, "elements": 2048}
     if not rest:
-        return dict.fromkeys(("c4", "wikipedia", "python"), 8192)
-    if draw or not is_main:
-        return {"c4": 2048, "wikipedia": 2048} | ({} if text == "c4" else {"python": 2048})
-    is_end = int(tokens) in SIZES[::3] and compression in list(CORE)[:2]
-    return {"c4": 8192 if is_end else 4096, "wikipedia": 8192 if is_end and rule != "eora-auto" else 2048, "python": 2048}
+        return dict.fromkeys(("python", "elements") if text == "python" else ("c4", "wikipedia", "python"), 8192 if text == "c4" else 4096)
+    compression, rule, *rank = rest
+    first, second = ("python", "elements") if text == "python" else ("c4", "wikipedia")
+    is_main = rule in ("svd", "rms", "eora", "eora-auto") and rank == ["r64"] and compression in CORE and text in ("c4", "python")
+    if quick or draw or rule in ("act", "eora-50") and text == "c4" or compression in MORE:
+        return {first: ROW if quick else 2048}
+    if not is_main:
+        return {first: 2048, second: 2048} | ({"python": 2048} if text in ("mixed", "other") else {})
+    if text == "c4" and int(tokens) in SIZES[::3] and compression in list(CORE)[:2]:
+        return {"c4": 4096, "wikipedia": 2048, "python": 2048} if rule == "eora-auto" else {"c4": 8192, "wikipedia": 4096, "python": 2048}
+    return {first: 4096, second: 2048}
 
 # %% ../../nbs/llm/16_eora_tokens.ipynb #37ef76d6
 def _read_losses(laboratory: TokenLaboratory, variant: str, draw: int) -> dict[str, Tensor]:
@@ -282,7 +284,9 @@ def run_tokens(
         found |= {f"ppl_{text}": _perplexity(losses), f"read_{text}": len(losses) // (ROW - 1) * ROW}
         found |= {f"first_{text}_{n}": _perplexity(losses[: n // ROW * (ROW - 1)]) for n in (2048, 4096) if n <= found[f"read_{text}"]}
         for kind, rival in rivals.items():
-            n = min(len(losses), len(rival[text]))
+            n = min(len(losses), len(rival.get(text, ())))
+            if not n:
+                continue
             ratio = paired_bootstrap(losses[:n], rival[text][:n])
             found |= {f"{kind}_{text}": ratio.value, f"{kind}_{text}_low": ratio.low, f"{kind}_{text}_high": ratio.high}
     return found | _questions(laboratory, variant, seed)
