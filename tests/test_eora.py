@@ -16,7 +16,7 @@ from hkust_demos.llm.eora import (allocate_ranks, compress_and_compensate, layer
                                   predicted_error_curve, solve_paths)
 from hkust_demos.llm.eora_apply import best_text, calibration_corpora
 from hkust_demos.llm.eora_study import build_study
-from hkust_demos.llm.eora_tokens import calibration_rows, reading_lengths, token_variants
+from hkust_demos.llm.eora_tokens import calibration_rows, reading_lengths, rivals, token_variants
 from hkust_demos.llm.evaluate import perplexity
 from hkust_demos.llm.lowrank import CompensatedLinear, attach_paths, compensation_disabled
 from hkust_demos.llm.models import load_demo_lm
@@ -333,10 +333,9 @@ def test_draws_of_the_fair_test_share_no_row_and_no_draw_reads_what_judges():
 
 def test_rows_of_the_fair_test_compare_like_with_like():
     "A repaired row and its rivals read a common text; a row on other text keeps the compression of the web text."
-    from hkust_demos.llm.eora_tokens import _rivals
-    assert _rivals("mixed/2560/gptq-3bit-row/eora/r64") == {"ratio": "c4/2560/gptq-3bit-row/svd/r64", "to_rms": "mixed/2560/gptq-3bit-row/rms/r64"}
-    assert _rivals("c4/131072/sparsegpt-2:4/none") == _rivals("c4/released") == {}
+    assert rivals("mixed/2560/gptq-3bit-row/eora/r64") == {"ratio": "c4/2560/gptq-3bit-row/svd/r64", "to_rms": "mixed/2560/gptq-3bit-row/rms/r64"}
+    assert rivals("c4/131072/sparsegpt-2:4/none") == rivals("c4/released") == {}
     for variant in token_variants():
-        for rival in _rivals(variant).values():
+        for rival in rivals(variant).values():
             own, other = reading_lengths(variant, 0), reading_lengths(rival, 0)
             assert rival in token_variants() and set(own) <= set(other) and all(n <= other[text] for text, n in own.items()), variant

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROW', 'SIZES', 'CORE', 'MORE', 'ALPHAS', 'TOKEN_NEEDS', 'TOKEN_TEXTS', 'TOKEN_METRICS', 'token_variants',
            'single_draw', 'Recent', 'TokenLaboratory', 'calibration_rows', 'statistics_of', 'compressed_model',
-           'paths_of', 'merged', 'reading_lengths', 'run_tokens']
+           'paths_of', 'merged', 'reading_lengths', 'rivals', 'run_tokens']
 
 # %% ../../nbs/llm/16_eora_tokens.ipynb #0a92ed70
 import gc
@@ -256,7 +256,7 @@ def _perplexity(losses: Tensor) -> float:
     return losses.double().mean().exp().item()
 
 
-def _rivals(variant: str) -> dict[str, str]:
+def rivals(variant: str) -> dict[str, str]:
     "Kind of ratio -> the row that this one is divided by."
     text, tokens, *rest = variant.split("/")
     if len(rest) < 3 or rest[1] == "svd":
@@ -279,7 +279,7 @@ def run_tokens(
 ) -> dict[str, float]:  # some of TOKEN_METRICS
     "One row."
     laboratory, found = _laboratory(quick), {}
-    rivals = {kind: _read_losses(laboratory, rival, seed) for kind, rival in _rivals(variant).items()}
+    rivals = {kind: _read_losses(laboratory, rival, seed) for kind, rival in rivals(variant).items()}
     for text, losses in _read_losses(laboratory, variant, seed).items():
         found |= {f"ppl_{text}": _perplexity(losses), f"read_{text}": len(losses) // (ROW - 1) * ROW}
         found |= {f"first_{text}_{n}": _perplexity(losses[: n // ROW * (ROW - 1)]) for n in (2048, 4096) if n <= found[f"read_{text}"]}
@@ -294,7 +294,7 @@ def run_tokens(
 
 def _questions(laboratory: TokenLaboratory, variant: str, draw: int) -> dict[str, float]:
     "Share of capitals known, and its gain over SVD with the standard error of the difference."
-    right, rival = laboratory.answers.get(variant), laboratory.answers.get(_rivals(variant).get("ratio"))
+    right, rival = laboratory.answers.get(variant), laboratory.answers.get(rivals(variant).get("ratio"))
     if draw or right is None:
         return {}
     p = right.double().mean().item()
