@@ -26,6 +26,7 @@ from .eora import solve_paths
 from .evaluate import answered_right, paired_bootstrap, paired_gain, perplexity
 from .lowrank import LowRankPath
 from .models import load_demo_lm
+from .whole_model import first_blocks
 
 # %% ../../nbs/llm/16_eora_tokens.ipynb #d8314e94
 ROW, SIZES = 512, (2_560, 10_240, 40_960, 131_072)  # tokens a row of text, calibration tokens
@@ -88,9 +89,8 @@ class TokenLaboratory(Recent):
     "Model, texts, stored statistics, losses read so far."
 
     def __init__(self, quick: bool = False):
-        (self.model, self.tokenizer), self.quick, self.folder = load_demo_lm(), quick, TemporaryDirectory()
-        self.losses, self.answers = {}, {}
-        self.wanted = (lambda name, module: name.startswith(("model.layers.0.", "model.layers.1."))) if quick else None
+        (model, self.tokenizer), self.quick, self.folder = load_demo_lm(), quick, TemporaryDirectory()
+        self.model, self.losses, self.answers = first_blocks(model, 2) if quick else model, {}, {}
 
     @cached_property
     def embedded(self) -> dict[str, dict[str, Tensor]]:
@@ -155,7 +155,7 @@ def statistics_of(
         if not folder.exists():
             below = max([size for size in SIZES if size < tokens], default=0)
             rows = calibration_rows(laboratory, text, draw)[below // ROW: tokens // ROW]
-            found, earlier = collect_input_statistics(laboratory.model, rows, laboratory.wanted), below and statistics_of(laboratory, text, below, draw)
+            found, earlier = collect_input_statistics(laboratory.model, rows), below and statistics_of(laboratory, text, below, draw)
             for name, one in {id(s): (n, s) for n, s in found.items()}.values() if below else ():
                 one.merge(earlier[name])
             _store(found, folder)
@@ -279,11 +279,11 @@ def run_tokens(
 ) -> dict[str, float]:  # some of TOKEN_METRICS
     "One row."
     laboratory, found = _laboratory(quick), {}
-    rivals = {kind: _read_losses(laboratory, rival, seed) for kind, rival in rivals(variant).items()}
+    other = {kind: _read_losses(laboratory, rival, seed) for kind, rival in rivals(variant).items()}
     for text, losses in _read_losses(laboratory, variant, seed).items():
         found |= {f"ppl_{text}": _perplexity(losses), f"read_{text}": len(losses) // (ROW - 1) * ROW}
         found |= {f"first_{text}_{n}": _perplexity(losses[: n // ROW * (ROW - 1)]) for n in (2048, 4096) if n <= found[f"read_{text}"]}
-        for kind, rival in rivals.items():
+        for kind, rival in other.items():
             n = min(len(losses), len(rival.get(text, ())))
             if not n:
                 continue
