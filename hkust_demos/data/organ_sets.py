@@ -129,7 +129,7 @@ def _wiped(organs: np.ndarray, task: int) -> np.ndarray:
     "Labels of one organ alone."
     return np.where(organs == task, task, 0)
 
-
+# %% ../../nbs/data/33_organ_sets.ipynb #6b45cdb6
 def _case_slices(collection: OpenCollection, index: int, size: int, most: int, least: int) -> tuple[np.ndarray, np.ndarray, int]:
     "Images in [-1, 1], labels (n, size, size) and the organ of one case."
     stack, organs, frame, _ = _prepared(collection, index)
