@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORGANS', 'WINDOW', 'SITES', 'PARTS', 'NAMES', 'PRESENT', 'BOTH_KIDNEYS', 'PANCREAS', 'N_BOWEL', 'N_TUBE', 'WARP',
-           'KNOTS', 'FIELD_MM', 'HEIGHT_MM', 'DISC', 'Site', 'PhantomSet', 'abdomen_phantom', 'PhantomVolume',
-           'abdomen_volume']
+           'KNOTS', 'FIELD_MM', 'HEIGHT_MM', 'DISC', 'Site', 'PhantomSet', 'check_whole', 'abdomen_phantom',
+           'PhantomVolume', 'abdomen_volume']
 
 # %% ../../nbs/data/30_abdomen.ipynb #337156ce
 from collections.abc import Sequence
@@ -195,8 +195,13 @@ def _accepted(site: int, seed: int, n: int, size: int, least: int) -> tuple[np.n
         images, labels, start = [*images, *found[good]], [*labels, *truth[good]], start + len(found)
     return np.stack(images[:n]), np.stack(labels[:n])
 
-# %% ../../nbs/data/30_abdomen.ipynb #0b0a15d1
-def _whole(name: str, value: int, low: int, high: int) -> int:
+# %% ../../nbs/data/30_abdomen.ipynb #e0cf987c
+def check_whole(
+    name: str,  # for the message
+    value: int,
+    low: int,
+    high: int,
+) -> int:
     "The value as an int, or a refusal."
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
@@ -213,8 +218,8 @@ def abdomen_phantom(
     least: int = 10,  # pixels of that organ
 ) -> PhantomSet:  # images, labels, task ids, sites; site by site
     "CT-like axial slices of the upper abdomen with four organs."
-    n, seed, size = _whole("n_per_site", n_per_site, 1, 100_000), _whole("seed", seed, 0, 2**32 - 1), _whole("size", size, 16, 512)
-    numbers = range(1, _whole("sites", sites, 1, 5) + 1) if isinstance(sites, (int, np.integer)) else [_whole("sites", s, 1, 5) for s in sites]
+    n, seed, size = check_whole("n_per_site", n_per_site, 1, 100_000), check_whole("seed", seed, 0, 2**32 - 1), check_whole("size", size, 16, 512)
+    numbers = range(1, check_whole("sites", sites, 1, 5) + 1) if isinstance(sites, (int, np.integer)) else [check_whole("sites", s, 1, 5) for s in sites]
     if not len(numbers):
         raise ValueError("sites is empty; name at least one of 1 to 5")
     parts = [_accepted(site, seed, n, size, least if only_task else 0) for site in numbers]
@@ -276,8 +281,8 @@ def abdomen_volume(
     depth: int = 32,  # slices, over 20 cm
 ) -> PhantomVolume:
     "One patient of the phantom, all organs present."
-    seed, site = _whole("seed", seed, 0, 2**32 - 1), _whole("site", site, 1, 5)
-    size, depth, place = _whole("size", size, 16, 512), _whole("depth", depth, 2, 512), SITES[site - 1]
+    seed, site = check_whole("seed", seed, 0, 2**32 - 1), check_whole("site", site, 1, 5)
+    size, depth, place = check_whole("size", size, 16, 512), check_whole("depth", depth, 2, 512), SITES[site - 1]
     generator, z = np.random.default_rng([seed, site, 2**31]), (np.arange(depth) + 0.5) / depth * 2 - 1
     p, cuts, reach = _at_heights(generator, z)
     hu, labels = _paint(p, np.array(place.organs) + p["organs"], size, cuts, reach)
