@@ -367,6 +367,7 @@ class Recipe:
     pseudo: bool = False  # pseudo-labels of an EMA teacher
     mixed: int = 0  # mixed views beside the weak one
     trusted: bool = True  # the targets of the weak view on mixed views too
+    prior: float = PRIOR  # first logit of every organ
     prototypes: bool = False  # the two banks and their losses
     cross_site: bool = False  # partners from other sites only
     num_prototypes: int = 5
@@ -534,6 +535,8 @@ def train_partial(
 def _begin(init: TrainResult | None, recipe: Recipe, model_fn: Callable[[], PartialSegmenter]) -> tuple[PartialSegmenter, PartialSegmenter]:
     "Student and teacher, new or copied; a stage with prototypes gets new banks."
     student = model_fn() if init is None else copy.deepcopy(init.student)
+    if init is None:
+        nn.init.constant_(student.head.bias, recipe.prior)
     if recipe.prototypes:
         student.new_banks(recipe.num_prototypes, recipe.momentum)
     teacher = copy.deepcopy(student)

@@ -79,7 +79,7 @@ def unpack(tensors: dict[str, Tensor], name: str) -> PartialSegmenter:
     network.load_state_dict(mine)
     return network.eval().requires_grad_(False)
 
-
+# %% ../../nbs/vision/26_ltuda_shipped.ipynb #678fe08a
 def train_shipped(
     out: str | Path,  # folder for weights.safetensors and card.json
     train: tuple[Tensor, Tensor, Tensor] | None = None,  # None takes generated slices

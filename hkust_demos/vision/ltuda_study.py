@@ -20,8 +20,8 @@ from .ltuda import CLASSIFIERS, RECIPES, TrainResult, dead_classes, gap, organ_f
 from .ltuda_evaluate import dice_table, hd95_table, organ_means
 from ..viz import bars
 
-# %% ../../nbs/vision/21_ltuda_study.ipynb #49920dde
-FIRST, SECOND, LONG = 200, 100, 400
+# %% ../../nbs/vision/21_ltuda_study.ipynb #f67aa4ad
+FIRST, SECOND, LONG = 200, 150, 400
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Plan:
         before = PLANS[self.after].views() if self.after else 0
         return before + self.steps * (1 + RECIPES[self.method].mixed)
 
-
+# %% ../../nbs/vision/21_ltuda_study.ipynb #bee88486
 def _pda(method: str = "pda", steps: int = SECOND, **changes) -> Plan:
     "A second stage after CDA."
     return Plan(method, steps, "cda", changes)
@@ -47,6 +47,7 @@ PLANS = {
     **{name: Plan(name) for name in ("background", "ignore", "pseudo", "ignore+mix", "cda", "full", "full+mix")},
     **{f"{name} x3": Plan(name, 3 * FIRST) for name in ("ignore", "pseudo", "full")},
     "cda cross": Plan("cda", changes={"cross_site": True}),
+    **{f"{name} from 0": Plan(name, changes={"prior": 0.0}) for name in ("ignore", "cda", "full")},
     **{f"{name} longer": Plan(name, SECOND, name) for name in ("ignore+mix", "cda", "full+mix")},
     "pda": _pda(), "stable": _pda("stable")}
 
@@ -78,7 +79,7 @@ def _tensors(found: PhantomSet) -> tuple[Tensor, Tensor, Tensor]:
     "Images, labels and tasks."
     return tuple(torch.from_numpy(part) for part in (found.images, found.labels, found.task_ids))
 
-
+# %% ../../nbs/vision/21_ltuda_study.ipynb #ea89778a
 @lru_cache(maxsize=16)
 def world_data(world: str, seed: int, quick: bool) -> tuple[tuple, tuple]:  # (train, test), (images, labels, task_ids) each
     "Training and test slices, from different patients; none that settings were tried on."
@@ -101,7 +102,7 @@ def trained(world: str, name: str, seed: int, quick: bool) -> TrainResult:
     steps = max(2, plan.steps // 100) if quick else plan.steps
     return train_partial(*train, plan.method, init, steps, batch_size=BATCH, lr=4e-3 if init else 1e-2, warmup=steps // 3, seed=seed, **plan.changes)
 
-
+# %% ../../nbs/vision/21_ltuda_study.ipynb #856653c6
 def run(
     variant: str,  # from `all_variants`
     seed: int,
