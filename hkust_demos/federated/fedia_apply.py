@@ -31,7 +31,7 @@ from .runs import Comparison, FederatedMethod, Track, check_limits, plan_entries
 # %% ../../nbs/federated/22_fedia_apply.ipynb #45f03bf8
 DATA = ("painted", "nuclei", "folder")
 LIMITS = {"clients": (2, 12), "images": (4, 400), "few": (2, 400), "missing": (0, 1), "rounds": (1, 300), "local_epochs": (1, 10), "warmup": (2, 100), "correct_at": (0, 300),
-          "threshold": (0.05, 0.99), "temperature": (0.1, 100), "size": (24, 256), "seed": (0, 10**6)}
+          "threshold": (0.05, 0.99), "temperature": (0.1, 100), "reestimate": (0, 1), "size": (24, 256), "seed": (0, 10**6)}
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,10 @@ class Plan:
     rounds: int = 30
     local_epochs: int = 2
     warmup: int = 10  # rounds of plain averaging
-    correct_at: int = 0  # round of the correction; 0 waits for the trend to break
-    threshold: float = 0.8
+    correct_at: int = 20  # round of the correction; 0 waits for the trend to break
+    threshold: float = 0.5
     temperature: float = 1.0
+    reestimate: int = 1  # 1 asks a client again after its correction; 0 is as released
     size: int = 40  # pixels a side
     seed: int = 0
     folder: str = ""  # zip or folder of your own, for data "folder"
@@ -139,7 +140,7 @@ def run_config(
     if variant in NEEDS_TRUTH and plan.data == "folder":
         raise ValueError(f"{LABELS[variant]} needs the complete masks, and nobody knows those of your own slices; leave it out")
     config = {**RUN_CONFIG, "rounds": plan.rounds, "seed": plan.seed, "local-epochs": plan.local_epochs, "fedia-warmup": plan.warmup, "fedia-threshold": float(plan.threshold),
-              "fedia-temperature": float(plan.temperature), "fedia-correction": str(plan.correct_at) if plan.correct_at else "trigger", "in-channels": 2 if plan.data == "painted" else 3}
+              "fedia-temperature": float(plan.temperature), "fedia-reestimate": bool(plan.reestimate), "fedia-correction": str(plan.correct_at) if plan.correct_at else "trigger", "in-channels": 2 if plan.data == "painted" else 3}
     alone = {"fedia-fixed": ",".join(["0"] * (clients_of(plan) - 1) + ["1"])} if variant == "alone" else {}
     return config | OVERRIDES[variant] | alone | plan_entries(plan)
 
@@ -249,7 +250,7 @@ def _estimates(comparison: Comparison) -> dict[str, dict[str, float]]:
     found = {}
     for name, track in comparison.tracks.items():
         values = heard(track, "completeness")
-        if track.config["strategy"] == "fedia" and len(values) and np.isfinite(values).any():
+        if track.config["strategy"] == "fedia" and not track.config["fedia-fixed"] and len(values) and np.isfinite(values).any():
             row = values[min(track.config["fedia-warmup"], len(values)) - 1]
             found[name] = {client: round(float(value), 4) for client, value in zip(comparison.cohort.names(), row)}
     return found
@@ -283,8 +284,9 @@ def healed(
 # %% ../../nbs/federated/22_fedia_apply.ipynb #d4b45234
 APPS = "hkust_demos.federated.fedia_apply:flower_apps"
 OPTIONS = {"images": "slices of a careless client (painted)", "few": "slices of the complete client (painted)", "missing": "share of lesions that careless annotators overlook (painted)",
-           "local_epochs": "epochs of a client in a round", "warmup": "rounds of plain averaging", "correct_at": "round of the correction; 0 waits until the trend breaks",
-           "threshold": "probability from which the network corrects a mask", "temperature": "above 1 flattens the weights; 1 is the paper", "size": "pixels a side"}
+           "local_epochs": "epochs of a client in a round", "warmup": "rounds of plain averaging", "correct_at": "round of the correction; 0 waits until the trend breaks, as published",
+           "threshold": "probability from which the network corrects a mask; 0.8 is the paper", "temperature": "above 1 flattens the weights; 1 is the paper", "reestimate": "1 asks a client again after its correction; 0 drops the weights then, as released",
+           "size": "pixels a side"}
 FEDIA = FederatedMethod("fedia", "FedIA", APPS, Plan, LABELS, run_config, gather, lesion_unet, judge, "dice", OPTIONS,
                         lambda plan: gather(plan).doubts() if plan.data != "painted" else [], _report, _pictures, _keep)
 

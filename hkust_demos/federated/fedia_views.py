@@ -73,7 +73,7 @@ def healing_picture(
     panels = {}
     for name, (image, *masks) in parts.items():
         given, now, truth = (np.asarray(mask, bool) for mask in masks)
-        panels |= {f"{name}, given": painted(to_gray(image), given, given, truth), f"{name}, now": painted(to_gray(image), given, now, truth)}
+        panels |= {f"{name}, given": painted(to_gray(image), given, given, truth) / 255, f"{name}, now": painted(to_gray(image), given, now, truth) / 255}
     return pictures(panels, columns=4)
 
 # %% ../../nbs/federated/23_fedia_views.ipynb #a0ab1585
