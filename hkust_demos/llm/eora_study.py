@@ -294,17 +294,27 @@ def _settings(table: pd.DataFrame) -> list[tuple[str, str, str]]:
     return sorted(dict.fromkeys(found), key=lambda one: (one[0], one[2], int(one[1])))
 
 
+def _short(table: pd.DataFrame, text: str) -> pd.Series:
+    "Rows that read only the first tokens of the unseen text."
+    first = f"first_{text}_2048"
+    return table[f"ppl_{text}"] == table[first] if first in table else pd.Series(False, table.index)
+
+# %% ../../nbs/llm/11_eora_study.ipynb #e0a51de7
 def evidence(
     table: pd.DataFrame,  # of the study
 ) -> str:
     "One row a compression and number of calibration tokens, one column a rule."
     rows = []
     for text, tokens, compression in _settings(table):
-        runs = {rule: table[table.variant == f"{text}/{tokens}/{compression}/{rule}"][f"ppl_{text}"] for rule in RULE_WORDS}
-        best = min((one.mean(), rule) for rule, one in runs.items() if len(one))[1]
-        cells = [f"**{mean_and_spread(one)}**" if rule == best else mean_and_spread(one) for rule, one in runs.items()]
+        runs = {rule: table[table.variant == f"{text}/{tokens}/{compression}/{rule}"] for rule in RULE_WORDS}
+        whole = {rule: one[f"ppl_{text}"].mean() for rule, one in runs.items() if len(one) and not _short(one, text).any()}
+        best, cells = min(whole, key=whole.get), []
+        for rule, one in runs.items():
+            words = mean_and_spread(one[f"ppl_{text}"]) + "\\*" * (len(one) > 0 and rule not in whole)
+            cells.append(f"**{words}**" if rule == best else words)
         rows.append([f"{compression}, {TEXT_WORDS[text]}", f"{int(tokens):,}", *cells])
-    return f"{BESIDE}\n\n{markdown_rows(['compression', 'calibration tokens', *RULE_WORDS.values()], rows)}"
+    return (f"{BESIDE}\n\n{markdown_rows(['compression', 'calibration tokens', *RULE_WORDS.values()], rows)}\n\n"
+            "\\* on the first 2,048 tokens of the unseen text only, so not to be compared with the others of its row.")
 
 # %% ../../nbs/llm/11_eora_study.ipynb #7da409e8
 def _wins(table: pd.DataFrame, text: str, tokens: int, rule: str) -> tuple[int, int]:
