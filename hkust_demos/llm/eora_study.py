@@ -330,6 +330,8 @@ def verdict(
     "Two sentences: with the most calibration tokens, and with the fewest."
     text = "c4" if any(s[0] == "c4" for s in _settings(table)) else "python"
     sizes = sorted({int(tokens) for one, tokens, _ in _settings(table) if one == text})
+    if not sizes:
+        return "The rows that vary the calibration text were not run.", "Unknown until they are."
     (many, n), (rms, _), (few, m) = (_wins(table, text, *pair) for pair in ((sizes[-1], "svd"), (sizes[-1], "rms"), (sizes[0], "svd")))
     return (f"SmolLM2-135M, rank 64, {sizes[-1]:,} calibration tokens of {TEXT_WORDS[text]}: perplexity on unseen text of that kind is below plain "
             f"SVD's after {many} of {n} compressions, and below the RMS rule's after {rms}.",
