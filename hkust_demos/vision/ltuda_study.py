@@ -159,6 +159,7 @@ PLAN_WORDS = {"background": "unlabeled is background", "ignore": "partial labels
               "full x3": "full supervision, three times as long", "full+mix": "full supervision, mixed", "full+mix longer": "full supervision, mixed, longer"}
 WORLD_WORDS = {"phantom": "Generated bellies, four sites", "patients": "Patients bent from one real CT", "large": "Generated bellies at 64 pixels"}
 
+# %% ../../nbs/vision/21_ltuda_study.ipynb #be51de01
 BESIDE = """Four sites label one organ each; one network learns all four. **Dice** measures overlap with the truth in percent, higher is better; HD95 is the
 distance within which 95 % of the two outlines agree, in percent of the picture's width, lower is better. ± is the standard deviation over seeds,
 which draw patients, first weights and batches. Thousands of views are what the network has seen: CDA sees three for each slice."""
@@ -189,9 +190,9 @@ def verdict(
 ) -> tuple[str, str]:  # what was measured on what, where it does not hold
     "Two sentences from the generated bellies."
     runs = {name: 100 * table[table.variant == f"phantom/{name}/linear"].set_index("seed").dice for name in PLANS}
-    mean = {name: one.mean() for name, one in runs.items()}
-    return (f"Generated bellies, {len(runs['cda'])} seeds, mean Dice at equal views: cross-set mixing with pseudo-labels {mean['cda']:.0f} %, partial labels alone "
-            f"{mean['ignore x3']:.0f} %, pseudo-labels alone {mean['pseudo x3']:.0f} %, full supervision {mean['full x3']:.0f} %.",
-            f"Mixing the partial labels without pseudo-labels reaches {mean['ignore+mix']:.0f} %; prototypes after it add "
-            f"{mean_and_spread((runs['pda'] - runs['cda longer']).dropna())} points to equally long mixing as released, "
-            f"{mean_and_spread((runs['stable'] - runs['cda longer']).dropna())} in the stable form. Small pictures, short training.")
+    cda, ignore, pseudo, full, mixed = (f"{runs[name].mean():.0f} %" for name in ("cda", "ignore x3", "pseudo x3", "full x3", "ignore+mix"))
+    released, stable = (mean_and_spread((runs[name] - runs["cda longer"]).dropna()) for name in ("pda", "stable"))
+    return (f"Generated bellies, {len(runs['cda'])} seeds, mean Dice at equal views: cross-set mixing with pseudo-labels {cda}, partial labels alone {ignore}, "
+            f"pseudo-labels alone {pseudo}, full supervision {full}.",
+            f"Mixing the partial labels without pseudo-labels reaches {mixed}; prototypes add {released} points to equally long mixing as released, "
+            f"{stable} in the stable form. Small pictures, short training.")
