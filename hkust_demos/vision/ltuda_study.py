@@ -105,7 +105,7 @@ def trained(world: str, name: str, seed: int, quick: bool) -> TrainResult:
     steps = max(2, plan.steps // 100) if quick else plan.steps
     return train_partial(*train, plan.method, init, steps, batch_size=BATCH, lr=4e-3 if init else 1e-2, warmup=steps // 3, seed=seed, **plan.changes)
 
-
+# %% ../../nbs/vision/21_ltuda_study.ipynb #23423510
 def run(
     variant: str,  # from `all_variants`
     seed: int,
@@ -133,7 +133,7 @@ def baselines(variants: list[str]) -> dict[str, str]:
     pairs = {v: f"{v.split('/')[0]}/{rival(v.split('/')[1])}/linear" for v in variants}
     return {v: other for v, other in pairs.items() if v != other and other in variants}
 
-
+# %% ../../nbs/vision/21_ltuda_study.ipynb #b188e670
 def picture(table: pd.DataFrame):
     "Mean Dice of the phantom's rows; None if one is missing."
     rows = {label: f"phantom/{name}/linear" for label, name in BARS.items()}
