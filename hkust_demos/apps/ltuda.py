@@ -86,12 +86,12 @@ def _run(source=SOURCES[0], upload=None, reference=None, numbering=next(iter(NUM
          classifier=next(iter(CLASSIFIERS)), threshold=0.5, clean=True, level=0, width=650, progress=gr.Progress()):
     "Segment a scan; (words, tiles, slider of the slices, label map and JSON file)."
     from hkust_demos.vision.ltuda_scans import organ_dice, write_segmentation
-    from hkust_demos.vision.ltuda_views import figure_row, slice_tiles
+    from hkust_demos.vision.ltuda_views import figure_row, legend, slice_tiles
     progress(0.1, desc="reading and segmenting")
     found, truth, name = _found(source, upload, reference, numbering, frame, series, seed, site, classifier, threshold, clean)
     one, index = found["LTUDA"], _middle(found)
     progress(0.8, desc="drawing and writing")
-    tiles = figure_row(slice_tiles(found, index, truth=truth, level=float(level), width=float(width)))
+    tiles = legend() + figure_row(slice_tiles(found, index, truth=truth, level=float(level), width=float(width), fill=0.1))
     facts = {"network": "ltuda", "classifier": CLASSIFIERS[classifier], "threshold": float(threshold)} | ({} if truth is None else {"dice": organ_dice(one.labels, truth)})
     files = write_segmentation(Path(tempfile.mkdtemp()) / f"{name}-organs.nii.gz", one, facts)
     depth = one.scores.shape[1]
@@ -102,9 +102,9 @@ def _run(source=SOURCES[0], upload=None, reference=None, numbering=next(iter(NUM
 def _view(index=12, level=0, width=650, source=SOURCES[0], upload=None, reference=None, numbering=next(iter(NUMBERINGS)), frame=None, series=None, seed=4,
           site=2, classifier=next(iter(CLASSIFIERS)), threshold=0.5, clean=True):
     "One slice of a segmented scan, at a window; tiles."
-    from hkust_demos.vision.ltuda_views import figure_row, slice_tiles
+    from hkust_demos.vision.ltuda_views import figure_row, legend, slice_tiles
     found, truth, _ = _found(source, upload, reference, numbering, frame, series, seed, site, classifier, threshold, clean)
-    return figure_row(slice_tiles(found, int(index), truth=truth, level=float(level), width=float(width)))
+    return legend() + figure_row(slice_tiles(found, int(index), truth=truth, level=float(level), width=float(width), fill=0.1))
 
 
 @user_errors
@@ -135,7 +135,7 @@ def _finished() -> list:
     example = _example()
     tiles = gr.HTML(example["tiles"], elem_id="finished", label="A slice, three networks, and the mixing box")
     words = gr.Markdown(example["words"], label="Dice of each organ")
-    gr.Markdown("Outlines: orange liver, and one color each for spleen, kidneys and pancreas, as in the first tile. Every network has the same layers and saw the same forty "
+    gr.Markdown("Every network has the same layers and saw the same forty "
                 "slices, each with *one* labeled organ; only what it was told about the other three differs. " + LIMIT)
     return [tiles, words]
 
@@ -170,7 +170,7 @@ def _outputs() -> list:
             level, width = gr.Slider(-200, 600, 0, step=10, label="Level (HU)"), gr.Slider(50, 2000, 650, step=10, label="Window (HU)")
         with gr.Row():
             buttons = [gr.Button(f"{name}: {low} / {wide}", size="sm") for name, (low, wide) in WINDOWS.items()]
-        files = gr.File(label="Label map (.nii.gz) and facts (.json)", file_count="multiple", height=110)
+        files = gr.File(label="Label map (.nii.gz) and facts (.json)", file_count="multiple", height=140)
     return [words, tiles, index, files, level, width, results, buttons]
 
 # %% ../../nbs/apps/60_ltuda.ipynb #574a2d9f
@@ -188,7 +188,7 @@ def _wire(knobs, finished, scan, choices, start, outputs) -> None:
         pressed = button.click(lambda pair=pair: pair, None, [level, width], api_visibility="private", show_progress="hidden")
         pressed.then(_view, [index, level, width, *inputs], [tiles], api_visibility="private", show_progress="hidden")
 
-
+# %% ../../nbs/apps/60_ltuda.ipynb #a0cf35e5
 def build() -> gr.Blocks:
     "The app as Gradio blocks."
     with gr.Blocks(title="LTUDA", analytics_enabled=False, delete_cache=(3600, 86_400)) as blocks:

@@ -42,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--weights", default=None, help="folder made by `hkust-demos train ltuda --data DIR --out FOLDER`; else what is shipped")
     parser.add_argument("--force", action="store_true", help="replace files of this name")
 
-
+# %% ../../nbs/vision/22_ltuda_apply.ipynb #426054be
 def run_command(
     args: Namespace,
 ) -> list[Path]:  # label map and JSON file
@@ -51,8 +51,8 @@ def run_command(
     prepared = prepare_scan(read_scan(args.scan, frame=args.frame, series=args.series))
     truth = None if args.reference is None else reference_labels(read_scan(args.reference), prepared.scan, args.numbering, Path(args.reference).name)
     found = segment(prepared, network, args.classifier, threshold=args.threshold, clean=not args.islands)
-    for sentence in (*prepared.scan.warnings, TEACHING if args.weights is None else ""):
-        print(f"Warning: {sentence}" * bool(sentence), end="\n" * bool(sentence), file=sys.stderr)
+    for sentence in (*prepared.scan.warnings, *([TEACHING] if args.weights is None else [])):
+        print(f"Warning: {sentence}", file=sys.stderr)
     facts = {"network": args.network, "classifier": args.classifier, "threshold": args.threshold, "islands": args.islands,
              "weights_sha256": load_checkpoint(args.weights or shipped_folder("ltuda"), COMMAND)[1]["sha256"]}
     return write_segmentation(target, found, {**facts, **({} if truth is None else {"dice": organ_dice(found.labels, truth)})}, force=args.force)
@@ -68,7 +68,7 @@ def _held_out(collections: list[OpenCollection], seed: int) -> tuple[list[list[i
         test.append([] if split is None else split.test.tolist())
     return train, test
 
-
+# %% ../../nbs/vision/22_ltuda_apply.ipynb #d100debd
 def training_sets(
     data: str | Path,  # a folder as `open_partial_sets` reads it
     seed: int = 0,
@@ -125,7 +125,7 @@ def _check_training(data: str | None, out: str | None, variant: str | None, epoc
         check_free(out)
     return names if variant is None else (variant,)
 
-
+# %% ../../nbs/vision/22_ltuda_apply.ipynb #1fa78ce0
 def _train_shipped(seed: int) -> list[Path]:
     "Replace what is shipped, once the new weights are whole."
     home = shipped_folder("ltuda")
@@ -147,7 +147,7 @@ def _tell():
             print(f"{share:.0%}: {name}", flush=True)
     return tell
 
-
+# %% ../../nbs/vision/22_ltuda_apply.ipynb #9c2665f2
 def prepare() -> list[Path]:
     "What the app opens on, in the cache."
     return [write_example()]

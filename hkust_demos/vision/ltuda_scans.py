@@ -47,8 +47,9 @@ def organ_scores(
     else:
         scores = logits.softmax(0)
     if clean:
-        labels = scores.argmax(0)[None]
-        scores = scores.where((labels[0] == largest_pieces(labels, PIECES)[0]) | (scores == scores[:1]), 0.0)
+        labels = scores.argmax(0)
+        kept = largest_pieces(labels[None].clone(), PIECES)[0]  # MONAI cleans in place
+        scores[1:] = scores[1:].where(labels == kept, 0.0)
     return scores.numpy()
 
 # %% ../../nbs/vision/28_ltuda_scans.ipynb #9ee78e42
@@ -57,8 +58,8 @@ class Segmentation:
     "What was found in a scan, in the network's square and on the scan's own grid."
     scan: Scan  # in HU
     frame: Belly
-    square: np.ndarray  # (D, 64, 64) HU, what the network saw
-    scores: np.ndarray  # (5, D, 64, 64)
+    square: np.ndarray  # (D, S, S) HU, what the network saw
+    scores: np.ndarray  # (5, D, S, S)
     labels: np.ndarray  # like scan.array, uint8: 0 background, 1 liver, 2 spleen, 3 kidney, 4 pancreas
 
     def milliliters(self) -> dict[str, float | None]:
@@ -69,7 +70,7 @@ class Segmentation:
         return {organ: round(int((self.labels == k).sum()) * voxel, 1) for k, organ in enumerate(ORGANS, 1)}
 
     def uncertainty(self) -> np.ndarray:
-        "(D, 64, 64) entropy in bits: of the organ that is most in doubt."
+        "(D, S, S) entropy in bits: of the organ that is most in doubt."
         return entropy_map(torch.from_numpy(self.scores[1:])).numpy()
 
 # %% ../../nbs/vision/28_ltuda_scans.ipynb #c213d3c7
@@ -78,7 +79,7 @@ class Prepared:
     "A scan on its way to a network."
     scan: Scan  # in HU
     frame: Belly
-    square: np.ndarray  # (D, 64, 64) HU
+    square: np.ndarray  # (D, S, S) HU
 
 
 def prepare_scan(
@@ -90,7 +91,7 @@ def prepare_scan(
     frame = find_belly(stack, stack_spacing(scan))
     return Prepared(scan, frame, to_square(stack, frame, SIZE))
 
-
+# %% ../../nbs/vision/28_ltuda_scans.ipynb #7110dd70
 def segment(
     prepared: Prepared,
     network: PartialSegmenter,
@@ -132,7 +133,7 @@ def reference_labels(
         raise ScanError(f"{name} lies elsewhere in space than the scan; give the label map of this very scan")
     return translate(reference.array, NUMBERINGS[numbering], name)
 
-
+# %% ../../nbs/vision/28_ltuda_scans.ipynb #e15b17ea
 def organ_dice(
     predicted: np.ndarray,  # labels 0 to 4
     truth: np.ndarray,  # the same shape
@@ -164,7 +165,7 @@ def sidecar(path: Path) -> Path:
     "The JSON file beside a label map."
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
 
-
+# %% ../../nbs/vision/28_ltuda_scans.ipynb #24476e45
 def write_segmentation(
     path: str | Path,  # .nii or .nii.gz
     found: Segmentation,
