@@ -83,10 +83,11 @@ def _train(recipe: _Recipe, message: Message, context: Context) -> Message:
     if len(data.train) == 0:
         raise ValueError(f"client {client.number} has no training examples")
     plugin, optimizer = _helpers(client)
+    plugin.receive(message.content)
     plugin.on_round_start(model.eval(), Batches(data.train, 256))
     anchor = message.content["arrays"].to_torch_state_dict()
     loss_fn = recipe.make_loss(config, data) if recipe.make_loss else F.cross_entropy
-    loss = train_model(model, data.train, config=config, round_index=client.round_index, client=client.number, loss_fn=loss_fn,
+    loss = train_model(model, plugin.training_data(data.train), config=config, round_index=client.round_index, client=client.number, loss_fn=loss_fn,
                        optimizer=optimizer, plugin=plugin, anchor=anchor, augment=recipe.augment)
     return _finish(client, message, plugin, optimizer, loss)
 
@@ -107,7 +108,8 @@ def _finish(client: _Client, message: Message, plugin: Plugin, optimizer: torch.
     metrics = {"num-examples": len(client.data.train), "loss": loss, **plugin.metrics()}
     if client.config["test-local"]:
         metrics |= {f"local-{name}": value for name, value in _test(client).items()}
-    reply = _reply(client, message, metrics, arrays=shared_arrays(client.model, client.keep_local))
+    extra = {"extra": ArrayRecord(sent)} if (sent := plugin.arrays()) else {}
+    reply = _reply(client, message, metrics, arrays=shared_arrays(client.model, client.keep_local), **extra)
     own = {**_own_tensors(client), **{f"plugin.{name}": value for name, value in plugin.state().items()}}
     own |= {} if client.config["reset-optimizer"] else optimizer_tensors(optimizer)
     save_local(client.context, own, client.round_index)

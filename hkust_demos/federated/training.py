@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
@@ -211,12 +211,27 @@ def proximal_term(
 class Plugin:
     "What a method adds at a client; override what you need."
 
+    def receive(self, content: RecordDict) -> None:
+        "The server's message: settings in `config`, and what a strategy put beside the weights."
+
     def on_round_start(self, model: nn.Module, loader: Batches) -> None:
         "The model has just come in; `loader` holds the client's training data in fixed order."
+
+    def training_data(self, dataset: Dataset) -> Dataset:
+        "What this round trains on; asked after `on_round_start`."
+        return dataset
 
     def loss(self, features: Tensor | None, targets: Tensor, round_index: int) -> Tensor | float:
         "A term added to the loss of a batch."
         return 0.0
+
+    def batch_loss(self, inputs: Tensor, logits: Tensor, targets: Tensor, round_index: int) -> Tensor | float:
+        "Another such term, for methods that look at inputs and logits."
+        return 0.0
+
+    def arrays(self) -> dict[str, Tensor]:
+        "Tensors that join the reply as the record `extra`: think before you let them out."
+        return {}
 
     def metrics(self) -> dict[str, float | list[float]]:
         "Numbers that join the reply: think before you let them out."
@@ -263,7 +278,7 @@ def train_model(
     for inputs, targets in _epochs(dataset, config, client, round_index, augment):
         features, logits = forward(model, inputs)
         targets = targets.to(logits.device)
-        loss = loss_fn(logits, targets) + plugin.loss(features, targets, round_index)
+        loss = loss_fn(logits, targets) + plugin.loss(features, targets, round_index) + plugin.batch_loss(inputs, logits, targets, round_index)
         if anchor and config["proximal-mu"] > 0:
             loss = loss + proximal_term(model, anchor, config["proximal-mu"])
         optimizer.zero_grad()
