@@ -72,7 +72,7 @@ def _findings(generator: np.random.Generator, x: np.ndarray, y: np.ndarray, lung
     lung = [lungs[s, np.arange(n)] for s in side]
     effusion = 0.55 * lung[0] * _below(y, _column(generator, n, 0.1, 0.35))
     place = _column(generator, n, -0.12, 0.12) + np.where(side[1] == 0, -0.44, 0.44)[:, None, None], _column(generator, n, -0.5, 0.3)
-    nodule = 0.75 * _inside(x, y, *place, 0.13, 0.13, 0.25)
+    nodule = 0.9 * _inside(x, y, *place, 0.16, 0.16, 0.25)
     waves = 0.22 * lungs.sum(0) * np.sin(11 * (x + _column(generator, n, 0.8, 1.2) * y) + _column(generator, n, 0, 2 * np.pi))
     air = -0.3 * lung[2] * (1 - _below(y, _column(generator, n, -0.35, -0.15)))
     return amplitude * (one(0) * effusion + one(2) * nodule + one(3) * waves + one(4) * air)
@@ -101,7 +101,7 @@ def make_thorax(
     generator = np.random.default_rng([seed, 5])
     has = draw_findings(n, generator) if labels is None else np.asarray(labels, bool)
     x, y = np.meshgrid(*[(2 * np.arange(size) + 1) / size - 1] * 2)
-    wide = 1 + 0.6 * amplitude * has[:, 1, None, None] + _column(generator, n, -0.08, 0.08)
+    wide = 1 + amplitude * has[:, 1, None, None] + _column(generator, n, -0.08, 0.08)
     image, lungs = _anatomy(generator, x, y, wide)
     image = (image + _findings(generator, x, y, lungs, has, amplitude)) * _column(generator, n, 0.9, 1.1)
     image = image + _noise(generator, n, size, noise)

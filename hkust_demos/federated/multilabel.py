@@ -32,7 +32,7 @@ def check_annotations(
         raise ValueError(f"nobody labels {', '.join(orphans)}; every finding needs at least one client that labels it")
     return annotated
 
-
+# %% ../../nbs/federated/33_multilabel.ipynb #326f975a
 def annotation_matrix(
     num_clients: int,
     findings: Sequence[str],
@@ -94,26 +94,26 @@ def area_under_curve(
 # %% ../../nbs/federated/33_multilabel.ipynb #9527235d
 def _sides(logits: Tensor, truth: Tensor) -> Tensor:  # (4, C): recall, specificity, precision, F1; NaN where there is nothing to divide by
     "Scores at the threshold one half."
-    said, true = logits > 0, truth > 0.5
+    known, said, true = ~truth.isnan(), (logits > 0) & ~truth.isnan(), truth > 0.5
     right, n_true, n_said = (part.sum(0).double() for part in (said & true, true, said))
-    specificity = (~said & ~true).sum(0) / (~true).sum(0)
+    specificity = (known & ~said & ~true).sum(0) / (known & ~true).sum(0)
     return torch.stack([right / n_true, specificity, right / n_said, 2 * right / (n_true + n_said)])
 
-
+# %% ../../nbs/federated/33_multilabel.ipynb #00ed9e00
 def multilabel_metrics(
     logits: Tensor,  # (N, C)
-    targets: Tensor,  # (N, C) 0 or 1
+    targets: Tensor,  # (N, C) 0 or 1; NaN is left out
 ) -> dict[str, float | list[float]]:
     "mAP, macro-AUC, balanced accuracy, recall, precision, F1 and Hamming loss, and the first two of each class."
     if logits.shape != targets.shape or logits.dim() != 2:
         raise ValueError(f"logits have shape {tuple(logits.shape)}, targets {tuple(targets.shape)}; both must be (N, C)")
-    ap = [average_precision(z, y) for z, y in zip(logits.T, targets.T)]
-    auc = [area_under_curve(z, y) for z, y in zip(logits.T, targets.T)]
+    pairs = [(z[~y.isnan()], y[~y.isnan()]) for z, y in zip(logits.T, targets.T)]
+    ap, auc = [average_precision(*pair) for pair in pairs], [area_under_curve(*pair) for pair in pairs]
     recall, specificity, precision, f1 = _sides(logits, targets)
     balanced = (recall + specificity) / 2
     means = {"map": torch.tensor(ap), "auc": torch.tensor(auc), "balanced": balanced, "recall": recall, "precision": precision, "f1": f1}
     numbers = {name: values.nanmean().item() for name, values in means.items()}
-    hamming = ((logits > 0) != (targets > 0.5)).float().mean().item()
+    hamming = ((logits > 0) != (targets > 0.5))[~targets.isnan()].float().mean().item()
     return {**numbers, "hamming": hamming, "ap": ap, "class_auc": auc, "class_balanced": balanced.tolist()}
 
 # %% ../../nbs/federated/33_multilabel.ipynb #479e8a98
@@ -135,7 +135,7 @@ class FindingsNet(nn.Module):
         features = torch.cat([seen.mean((2, 3)), seen.amax((2, 3))], 1)
         return features, self.head(features)
 
-
+# %% ../../nbs/federated/33_multilabel.ipynb #01ed76b8
 class FeatureHead(nn.Module):
     "A hidden layer and a linear head on frozen features."
 
