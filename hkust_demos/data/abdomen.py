@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['ORGANS', 'WINDOW', 'SITES', 'PARTS', 'NAMES', 'PRESENT', 'BOTH_KIDNEYS', 'PANCREAS', 'N_BOWEL', 'N_TUBE', 'WARP',
-           'KNOTS', 'Site', 'PhantomSet', 'abdomen_phantom']
+           'KNOTS', 'FIELD_MM', 'HEIGHT_MM', 'DISC', 'Site', 'PhantomSet', 'check_whole', 'abdomen_phantom',
+           'PhantomVolume', 'abdomen_volume']
 
 # %% ../../nbs/data/30_abdomen.ipynb #337156ce
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from .grid import Scan
 
 # %% ../../nbs/data/30_abdomen.ipynb #5122d8d6
 ORGANS = ("liver", "spleen", "kidney", "pancreas")
@@ -56,7 +59,7 @@ def _draw(generator: np.random.Generator) -> dict[str, np.ndarray]:
                 grain=generator.standard_normal((2 * KNOTS, 2 * KNOTS)), parts=moved, here=here, tube_here=generator.random() < PANCREAS,
                 tube=generator.normal((-0.12, 0.10, 0.42, -0.02, -0.12), (0.03, 0.04, 0.03, 0.04, 0.045)), width=generator.uniform(0.045, 0.08),
                 organs=generator.normal(0, 6, 4), bone=generator.uniform(250, 450), stomach=generator.uniform(20, 70),
-                loops=generator.random((N_BOWEL, 4)), n_loops=generator.integers(3, N_BOWEL + 1), loop_hu=generator.uniform(10, 110, N_BOWEL))
+                loops=generator.random((N_BOWEL, 4)), loop_cuts=(np.arange(N_BOWEL) < generator.integers(3, N_BOWEL + 1)) * 1.0, loop_hu=generator.uniform(10, 110, N_BOWEL))
 
 
 def _stack(patients: Sequence[dict]) -> dict[str, np.ndarray]:
@@ -116,8 +119,8 @@ def _background(hu: np.ndarray, x: np.ndarray, y: np.ndarray, p: dict[str, np.nd
     paint(_ellipse(x, y, (-0.09, 0.20, 0.05, 0.042, 0)) < 1, vessel - 15)
     for j in range(N_BOWEL):
         cx, cy, a, b = (np.array((-0.30, -0.32, 0.07, 0.05)) + p["loops"][:, j] * (0.90, 0.55, 0.08, 0.06)).T
-        loop = _ellipse(x, y, np.stack([cx, cy, a, b, 180 * p["loops"][:, j, 0]], 1)) < 1
-        paint(loop & cavity & (j < p["n_loops"])[:, None, None], p["loop_hu"][:, j])
+        loop = _ellipse(x, y, np.stack([cx, cy, a, b, 180 * p["loops"][:, j, 0]], 1))
+        paint((loop < (p["loop_cuts"][:, j] ** 2)[:, None, None]) & cavity, p["loop_hu"][:, j])
     return cavity
 
 # %% ../../nbs/data/30_abdomen.ipynb #2593f50c
@@ -161,13 +164,15 @@ class PhantomSet:
     labels: np.ndarray  # (N, H, W) int64: 0 background, 1 liver, 2 spleen, 3 kidney, 4 pancreas
     task_ids: np.ndarray  # (N,) int64: the organ that the slice's site labels, 0 for none
     sites: np.ndarray  # (N,) int64, 1 to 5
-    source: str = field(default="hand-drawn CT-like phantom, no patient")
+    source: str = "hand-drawn CT-like phantom, no patient"
+    groups: np.ndarray | None = field(default=None)  # (N,) the patient of each slice; None: one slice a patient
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, chosen: slice | np.ndarray) -> "PhantomSet":
-        return PhantomSet(self.images[chosen], self.labels[chosen], self.task_ids[chosen], self.sites[chosen], self.source)
+        groups = None if self.groups is None else self.groups[chosen]
+        return PhantomSet(self.images[chosen], self.labels[chosen], self.task_ids[chosen], self.sites[chosen], self.source, groups)
 
 # %% ../../nbs/data/30_abdomen.ipynb #3c84fd57
 def _slices(site: int, seed: int, indices: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -190,8 +195,13 @@ def _accepted(site: int, seed: int, n: int, size: int, least: int) -> tuple[np.n
         images, labels, start = [*images, *found[good]], [*labels, *truth[good]], start + len(found)
     return np.stack(images[:n]), np.stack(labels[:n])
 
-# %% ../../nbs/data/30_abdomen.ipynb #0b0a15d1
-def _whole(name: str, value: int, low: int, high: int) -> int:
+# %% ../../nbs/data/30_abdomen.ipynb #e0cf987c
+def check_whole(
+    name: str,  # for the message
+    value: int,
+    low: int,
+    high: int,
+) -> int:
     "The value as an int, or a refusal."
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
@@ -208,11 +218,74 @@ def abdomen_phantom(
     least: int = 10,  # pixels of that organ
 ) -> PhantomSet:  # images, labels, task ids, sites; site by site
     "CT-like axial slices of the upper abdomen with four organs."
-    n, seed, size = _whole("n_per_site", n_per_site, 1, 100_000), _whole("seed", seed, 0, 2**32 - 1), _whole("size", size, 16, 512)
-    numbers = range(1, _whole("sites", sites, 1, 5) + 1) if isinstance(sites, (int, np.integer)) else [_whole("sites", s, 1, 5) for s in sites]
+    n, seed, size = check_whole("n_per_site", n_per_site, 1, 100_000), check_whole("seed", seed, 0, 2**32 - 1), check_whole("size", size, 16, 512)
+    numbers = range(1, check_whole("sites", sites, 1, 5) + 1) if isinstance(sites, (int, np.integer)) else [check_whole("sites", s, 1, 5) for s in sites]
     if not len(numbers):
         raise ValueError("sites is empty; name at least one of 1 to 5")
     parts = [_accepted(site, seed, n, size, least if only_task else 0) for site in numbers]
     images, labels = (np.concatenate(column) for column in zip(*parts))
     site = np.repeat(np.array(numbers, np.int64), n)
     return PhantomSet(images[:, None], labels, np.where(site <= len(ORGANS), site, 0), site)
+
+# %% ../../nbs/data/30_abdomen.ipynb #a2f9c4a0
+FIELD_MM, HEIGHT_MM, DISC = 400.0, 200.0, 1 / 3  # width and height that -1 to 1 spans; share of the spine that is disc
+
+
+def _profile(z: np.ndarray, middle: np.ndarray, half: np.ndarray) -> np.ndarray:
+    "Share of the largest cut at heights z (D,): (D, parts)."
+    return np.sqrt(np.clip(1 - ((z[:, None] - middle) / half) ** 2, 0, None))
+
+
+def _at_heights(generator: np.random.Generator, z: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray]:
+    "One patient cut at heights z: numbers with a leading axis (D,), cuts and reach."
+    lower, upper = _draw(generator), _draw(generator)
+    p = _stack([lower] * len(z))
+    turn = (0.6 * z)[:, None, None, None]
+    p["warp"] = np.cos(turn) * lower["warp"] + np.sin(turn) * upper["warp"]
+    p["grain"] = np.cos(2 * turn[..., 0]) * lower["grain"] + np.sin(2 * turn[..., 0]) * upper["grain"]
+    p["here"], p["tube_here"] = np.ones_like(p["here"]), np.ones_like(p["tube_here"])
+    p["loop_cuts"] = p["loop_cuts"] * _profile(z, upper["loops"][:, 3] * 1.6 - 1.1, np.full(N_BOWEL, 0.45))
+    p["bone"] = np.where((3 * z + upper["width"]) % 1 < DISC, 100, p["bone"])
+    heights, t = np.array(list(PARTS.values()))[:, 5:].T, np.linspace(0, 1, N_TUBE)
+    return p, _profile(z, *heights), _profile(z, 0.35 * t - 0.1, np.full(N_TUBE, 0.25))
+
+# %% ../../nbs/data/30_abdomen.ipynb #8ca07cd6
+@dataclass(frozen=True)
+class PhantomVolume:
+    "A volume with the truth of its organs; slices from the lowest to the highest."
+    volume: np.ndarray  # (D, H, W) float32, HU; rows go to the back, columns to the patient's left
+    labels: np.ndarray  # (D, H, W) int64, 0 to 4
+    spacing: tuple[float, float, float]  # mm along D, H, W
+    site: int
+    source: str = "hand-drawn CT-like phantom, no patient"
+
+    def scan(self) -> Scan:
+        "The volume as a scan in RAS+, as if it came from a file."
+        return Scan(_ras(self.volume), self.spacing[::-1], np.diag([*self.spacing[::-1], 1.0]), "CT", self.source)
+
+    def label_array(self) -> np.ndarray:  # (x, y, z) uint8, on the grid of the scan
+        "The truth in RAS+."
+        return _ras(self.labels).astype(np.uint8)
+
+
+def _ras(volume: np.ndarray) -> np.ndarray:
+    "(D, H, W) with the patient's right on the left -> (x, y, z) in RAS+."
+    return np.ascontiguousarray(volume.transpose(2, 1, 0)[::-1, ::-1])
+
+# %% ../../nbs/data/30_abdomen.ipynb #17b49417
+def abdomen_volume(
+    seed: int = 0,
+    *,
+    site: int = 1,  # 1 to 5: whose contrast, noise and blur
+    size: int = 64,  # height and width in pixels
+    depth: int = 32,  # slices, over 20 cm
+) -> PhantomVolume:
+    "One patient of the phantom, all organs present."
+    seed, site = check_whole("seed", seed, 0, 2**32 - 1), check_whole("site", site, 1, 5)
+    size, depth, place = check_whole("size", size, 16, 512), check_whole("depth", depth, 2, 512), SITES[site - 1]
+    generator, z = np.random.default_rng([seed, site, 2**31]), (np.arange(depth) + 0.5) / depth * 2 - 1
+    p, cuts, reach = _at_heights(generator, z)
+    hu, labels = _paint(p, np.array(place.organs) + p["organs"], size, cuts, reach)
+    noise = place.noise * generator.standard_normal(hu.shape, np.float32)
+    volume = _scan(hu, p["grain"], noise, place.blur).astype(np.float32)
+    return PhantomVolume(volume, labels, (HEIGHT_MM / depth, FIELD_MM / size, FIELD_MM / size), site)
