@@ -1,11 +1,12 @@
 """EoRA's costs, each beside what it replaces, in one run.
 
-    python benchmarks/eora.py [--rank 128] [--out results/benchmark_eora.json]
+    python benchmarks/eora.py [--rank 128] [--tokens 51200] [--out results/benchmark_eora.json]
 
 1. All linear layers of SmolLM2-135M, Wanda 2:4: our solve against the published arithmetic (float64 eigendecomposition of C, SVD of the
    projected error, inverse; layer by layer, dense diagonal products as released) on the same matrices. Both are also held against
    a float64 solve without any inverse, so that a difference can be traced to its owner.
-2. Input statistics with shared inputs against one matrix a layer.
+2. Input statistics of 51,200 tokens, streamed row by row: shared inputs against one matrix a layer, seconds a thousand tokens, and the
+   memory of the sums, which does not grow with the text.
 3. Compression of stacked layers against one sweep a layer (GPTQ, first blocks).
 4. Peak memory of the default run of the app: statistics, compression, paths, perplexity.
 """
@@ -22,11 +23,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from hkust_demos.data.text import demo_corpora
 from hkust_demos.llm.calibration import collect_input_statistics
 from hkust_demos.llm.compress import Compressor, compress_model
 from hkust_demos.llm.eora import linear_layers, low_rank_path, solve_paths
-from hkust_demos.llm.eora_apply import Recipe, run_recipe
+from hkust_demos.llm.eora_apply import Recipe, best_text, calibration_corpora, calibration_rows, run_recipe
 from hkust_demos.llm.models import load_llm
 
 
@@ -80,10 +80,24 @@ def solves(model, statistics, rank: int) -> dict:
             "largest_relative_difference": worst["between"], "ours_to_exact": worst["ours"], "published_to_exact": worst["published"]}
 
 
+def stream_statistics(model, tokenizer, n_tokens: int) -> tuple[dict, dict]:
+    "Seconds a thousand tokens of both ways to keep the sums, and the shared statistics."
+    text = calibration_rows(calibration_corpora(best_text())[0], tokenizer, n_tokens)
+    rows = text.repeat(-(-n_tokens // text.numel()), 1)[: n_tokens // text.shape[1]]  # embedded text is shorter: read it again
+    collect_input_statistics(model, rows[:1])
+    before = peak_gb()
+    shared_s, statistics = timed(lambda: collect_input_statistics(model, rows))
+    found = {"tokens": rows.numel(), "shared_s_per_1000": 1000 * shared_s / rows.numel(), "peak_gb_before": before, "peak_gb_after": peak_gb(),
+             "sums_mb": sum(s._outer.nbytes for s in {id(s): s for s in statistics.values()}.values()) / 1e6}
+    alone_s, _ = timed(lambda: collect_input_statistics(model, rows, share=False))
+    return found | {"one_matrix_a_layer_s_per_1000": 1000 * alone_s / rows.numel(), "ratio": alone_s / shared_s}, statistics
+
+
 def main() -> None:
     "Run all, print ratios, store them."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=51_200, help="of the statistics")
     parser.add_argument("--out", type=Path, default=Path("results/benchmark_eora.json"))
     args = parser.parse_args()
 
@@ -97,13 +111,10 @@ def main() -> None:
     print(f"default run: {run_s:.0f} s, peak memory {found['default_run']['peak_gb']:.2f} GB")
 
     model, tokenizer = load_llm()
-    text = demo_corpora(tokenizer)["python"]["calibration"][:5]
-    collect_input_statistics(model, text[:1])
-    shared_s, statistics = timed(lambda: collect_input_statistics(model, text))
-    alone_s, alone = timed(lambda: collect_input_statistics(model, text, share=False))
-    del alone
-    found["statistics"] = {"one_matrix_a_layer_s": alone_s, "shared_s": shared_s, "ratio": alone_s / shared_s}
-    print(f"statistics: {alone_s:.1f} s one matrix a layer, {shared_s:.1f} s shared: {alone_s / shared_s:.2f}x")
+    found["statistics"], statistics = stream_statistics(model, tokenizer, args.tokens)
+    s = found["statistics"]
+    print(f"statistics of {s['tokens']:,} tokens: {s['one_matrix_a_layer_s_per_1000']:.2f} s a thousand with one matrix a layer, "
+          f"{s['shared_s_per_1000']:.2f} s shared: {s['ratio']:.2f}x; {s['sums_mb']:.0f} MB of sums, peak {s['peak_gb_before']:.2f} before and {s['peak_gb_after']:.2f} GB after")
 
     first = {n: s for n, s in statistics.items() if n.startswith(("model.layers.0.", "model.layers.1."))}
     recipe = Compressor(bits=3, group_size=64)

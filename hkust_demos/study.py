@@ -62,14 +62,14 @@ class Study:
     picture: Callable[[pd.DataFrame], object] | None = None  # table -> matplotlib figure
     chosen: tuple[str, ...] = ()  # beginnings of the variants that `only` kept
     needs: dict[str, str] = field(default_factory=dict)  # beginning of a variant's name -> the public set or archive that it reads
+    once: tuple[str, ...] = ()  # beginnings of the variants that run with the first seed only
 
     def __post_init__(self):
         _check_study(self)
 
     def _baselines(self) -> dict[str, str]:
         "Variant -> the variant it is compared with."
-        one = self.baseline
-        return one if isinstance(one, dict) else {v: one for v in self.variants if one and v != one}
+        return self.baseline if isinstance(self.baseline, dict) else {v: self.baseline for v in self.variants if self.baseline not in (None, v)}
 
     def table(
         self,
@@ -203,7 +203,7 @@ def _run_table(study: Study, seeds: int | Iterable[int], quick: bool, path, prog
     seeds = _seed_list(seeds)
     rows, absent = _read_rows(path, study, quick), [v for names in _missing(study).values() for v in names]
     for variant in (v for v in study.variants if v not in absent):
-        for seed in (s for s in seeds if (variant, s) not in rows):
+        for seed in (s for s in (seeds[:1] if variant.startswith(study.once) else seeds) if (variant, s) not in rows):
             seed_all(seed)
             found = study.run(variant, seed, quick)
             rows[variant, seed] = {**_beside(study, variant), **{m: float(found.get(m, float("nan"))) for m in study.metrics}}

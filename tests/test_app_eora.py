@@ -58,8 +58,8 @@ def plotly(value):
 
 def test_endpoints_have_names(client):
     named = client.view_api(return_format="dict")["named_endpoints"]
-    assert {"/run", "/live", "/layer", "/rank", "/prompt", "/adapter"} <= set(named)
-    for name in ("/run", "/live"):
+    assert {"/run", "/live", "/layer", "/rank", "/prompt", "/adapter", "/tokens"} <= set(named)
+    for name in ("/run", "/live", "/tokens"):
         assert all(p["parameter_has_default"] and not p["parameter_name"].startswith("param_") for p in named[name]["parameters"]), name
 
 
@@ -76,6 +76,12 @@ def test_knobs_answer_from_the_shipped_example(client):
         client.predict(block=99, api_name="/live")
 
 
+def test_time_and_scarcity_are_told_before_a_run(client):
+    few, enough, most = (client.predict(tokens=n, api_name="/tokens") for n in (2_560, 16_384, 131_072))
+    assert "seconds of reading" in few and "below 15,360" in few and "Few" not in enough and "minutes of reading" in most
+    assert client.predict(api_name="/tokens") == enough
+
+
 def test_run_starts_without_any_argument(hub):
     "The default run is accepted as it is and reads its text; finishing it takes a minute (slow test below)."
     job = Client(f"{hub.url}/eora/", verbose=False, httpx_kwargs={"timeout": 120}).submit(api_name="/run")
@@ -89,7 +95,7 @@ def test_run_starts_without_any_argument(hub):
 @pytest.mark.slow
 def test_default_run_finishes(hub):
     status, *pictures = Client(f"{hub.url}/eora/", verbose=False).predict(api_name="/run")
-    assert "Wanda 2:4" in status and "2,560 tokens" in status and len(pictures) == 7
+    assert "Wanda 2:4" in status and "16,384 tokens" in status and len(pictures) == 7
 
 
 @pytest.mark.parametrize("changed, sentence", [
@@ -138,7 +144,7 @@ def test_follow_ups_without_a_run_are_sentences(hub):
 
 def test_run_returns_all_pictures(finished):
     (status, spectrum, curves, heat, sizes, words, text, layer), shown = finished
-    assert "Wanda 2:4" in status and "EoRA" in status
+    assert "Wanda 2:4" in status and "EoRA" in status and "512 calibration tokens are few for inputs of 1,536 features" in status
     assert "directions" in plotly(spectrum)["layout"]["title"]["text"]
     assert {trace["name"] for trace in plotly(curves)["data"]} == {"EoRA", "SVD"}
     assert len(plotly(heat)["data"][0]["y"]) == 4

@@ -8,6 +8,7 @@ from gradio_client import Client
 
 from hkust_demos.catalog import METHODS, ready_methods
 
+PHONE = {"width": 390, "height": 844}
 OPENING_MS = 60_000  # patience, not the promise: benchmarks/apps.py measures
 FINISHED = """() => [...document.querySelectorAll('#finished img, #finished svg')].some(picture => {
     const box = picture.getBoundingClientRect();
@@ -56,11 +57,15 @@ def test_the_finished_example_is_there_before_any_click(opened, name):
 
 
 @pytest.mark.parametrize("name", ready_methods())
-def test_nothing_stands_empty_fails_or_leaves_the_machine(opened, name):
+def test_nothing_stands_empty_fails_leaves_the_machine_or_sticks_out_of_a_phone(opened, name):
     page = opened(name)
     page.wait_for_function(FINISHED, timeout=OPENING_MS)
     page.wait_for_timeout(2500)  # what follows the first picture has come
     assert page.evaluate(EMPTY) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+    page.set_viewport_size(PHONE)
+    page.wait_for_timeout(500)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     assert page.console_errors == [] and page.outside == []
 
 

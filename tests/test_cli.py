@@ -69,9 +69,24 @@ def test_coming_methods_say_so(capsys):
             assert "coming" in capsys.readouterr().err
 
 
-def test_eora_writes_an_adapter_and_respects_what_is_there(tmp_path):
+@pytest.fixture(scope="module")
+def small_llama(tmp_path_factory):
+    "A folder with a random Llama of two blocks and the tokenizer of the embedded model."
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hkust_demos.llm.models import load_demo_lm
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = load_demo_lm()[1]
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_eora_writes_an_adapter_and_respects_what_is_there(tmp_path, small_llama, capsys):
     out = tmp_path / "adapter"
-    wanted = ["eora", "smollm2-135m", "--sparsity", "2:4", "--pruning", "magnitude", "--rank", "4", "--tokens", "256",
+    wanted = ["eora", str(small_llama), "--sparsity", "2:4", "--pruning", "magnitude", "--rank", "4", "--tokens", "256",
               "--evaluation-tokens", "0", "--out", str(out)]
     done = run(*wanted)
     assert done.returncode == 0, done.stderr
@@ -79,11 +94,13 @@ def test_eora_writes_an_adapter_and_respects_what_is_there(tmp_path):
     assert re.fullmatch(r"[0-9a-f]{64}", report["base_sha256"]) and set(report["ranks"].values()) == {4}
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "base.json"} <= {p.name for p in out.iterdir()}
     assert str(out / "report.json") in done.stdout
-    refused = run(*wanted)
-    assert refused.returncode == 2 and "--force" in refused.stderr and "Traceback" not in refused.stderr
-    assert run(*wanted, "--force").returncode == 0
+    assert cli.main(wanted) == 2
+    refused = capsys.readouterr().err
+    assert "--force" in refused and "Traceback" not in refused
+    assert cli.main([*wanted, "--force"]) == 0
     (out / MARKER).unlink()
-    assert "was not made by" in run(*wanted, "--force").stderr and (out / "report.json").exists()
+    assert cli.main([*wanted, "--force"]) == 2
+    assert "was not made by" in capsys.readouterr().err and (out / "report.json").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 

@@ -1,18 +1,22 @@
 "Properties of EoRA (section numbers of the method's spec are left out: each name says what must hold)."
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hkust_demos.data.text import demo_corpora
+from hkust_demos.files import DataNotInstalled
 from hkust_demos.llm import eora
 from hkust_demos.llm.adapters import base_hash
 from hkust_demos.llm.calibration import InputStatistics, collect_input_statistics, linear_layers
 from hkust_demos.llm.compress import Compressor, compress_model, prune_sparsegpt, quantize_gptq
 from hkust_demos.llm.eora import (allocate_ranks, compress_and_compensate, layer_error, low_rank_path, output_energy, plain_factors,
                                   predicted_error_curve, solve_paths)
+from hkust_demos.llm.eora_apply import best_text, calibration_corpora
 from hkust_demos.llm.eora_study import build_study
+from hkust_demos.llm.eora_tokens import calibration_rows, reading_lengths, rivals, token_variants
 from hkust_demos.llm.evaluate import perplexity
 from hkust_demos.llm.lowrank import CompensatedLinear, attach_paths, compensation_disabled
 from hkust_demos.llm.models import load_demo_lm
@@ -303,3 +307,35 @@ def test_eora_beats_svd_on_the_real_model():
     ours = perplexity(repaired.model, text["evaluation"][:1]).value
     plain = perplexity(attach_paths(repaired.model, solve_paths(model, repaired.model, statistics, 64, "svd")), text["evaluation"][:1]).value
     assert ours < 0.8 * plain
+
+
+def test_without_the_archive_its_rows_are_skipped_and_the_others_stay(tmp_path, monkeypatch):
+    monkeypatch.setenv("HKUST_DEMOS_CACHE", str(tmp_path))
+    study = build_study()
+    (sentence,) = study.skipped()
+    n = sum(v.startswith(("c4/", "mixed/", "other/")) for v in study.variants)
+    assert n > 100 and sentence.startswith(f"{n} variants (c4/released, ...) were not run: ") and "hkust-demos data get c4-wiki-text" in sentence
+    assert any(v.startswith("python/") for v in study.variants)
+    assert best_text() == "embedded"
+    with pytest.raises(DataNotInstalled, match="data get c4-wiki-text"):
+        calibration_corpora("c4")
+
+
+def test_draws_of_the_fair_test_share_no_row_and_no_draw_reads_what_judges():
+    rows = torch.arange(272)[:, None].expand(272, 512)
+    laboratory = SimpleNamespace(archive={"calibration": rows}, embedded={"python": {"calibration": -torch.arange(1, 65)[:, None].expand(64, 512)}})
+    draws = [set(calibration_rows(laboratory, "c4", draw)[:80, 0].tolist()) for draw in range(3)]
+    assert [len(d) for d in draws] == [80] * 3 and len(set.union(*draws)) == 240
+    assert torch.equal(calibration_rows(laboratory, "c4", 0), rows)
+    mixed = calibration_rows(laboratory, "mixed", 0)[:, 0]
+    assert mixed[:4].tolist() == [0, -1, 1, -2] and len(mixed) == 128
+
+
+def test_rows_of_the_fair_test_compare_like_with_like():
+    "A repaired row and its rivals read a common text; a row on other text keeps the compression of the web text."
+    assert rivals("mixed/2560/gptq-3bit-row/eora/r64") == {"ratio": "c4/2560/gptq-3bit-row/svd/r64", "to_rms": "mixed/2560/gptq-3bit-row/rms/r64"}
+    assert rivals("c4/131072/sparsegpt-2:4/none") == rivals("c4/released") == {}
+    for variant in token_variants():
+        for rival in rivals(variant).values():
+            own, other = reading_lengths(variant, 0), reading_lengths(rival, 0)
+            assert rival in token_variants() and set(own) <= set(other) and all(n <= other[text] for text, n in own.items()), variant

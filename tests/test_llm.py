@@ -393,3 +393,4 @@ def test_a_run_says_what_it_read_and_what_it_compressed(given, capsys):
     printed, report = capsys.readouterr().out, json.loads((out / "report.json").read_text())
     assert "field 'story'; Most of this model is not compressed: 5% of 20,016 parameters" in printed and report["compressed_share"] == 1024 / 20016
     assert next(iter(report["not_compressed"])) == "model.layers.*.mlp.experts.gate_up_proj" and "experts" in (out / "README.md").read_text()
+    assert report["warning"] == "" and report["recipe"]["calibration"] == str(text) and "calibrated on 256 tokens of your file text.jsonl" in printed

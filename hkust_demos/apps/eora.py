@@ -90,6 +90,15 @@ def _answer_text(compression: str, answer) -> str:
             f"**EoRA {left['EoRA']:.2f}** on held-out text (on its own calibration text {left['EoRA, predicted']:.2f}). "
             f"All paths: {answer.megabytes:.1f} MB. {model} Calibrated on {about['tokens']:,} tokens.")
 
+# %% ../../nbs/apps/10_eora.ipynb #8093952d
+def _tokens_note(tokens: int = 16_384) -> str:
+    "Time to read so many tokens, and a warning where they are few."
+    about = shipped_example().about
+    seconds, enough = int(tokens) / about["tokens_a_second"], 10 * about["widest"]
+    time = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+    few = "" if int(tokens) >= enough else f" **Few:** below {enough:,}, ten times the widest input, EoRA may fall behind RMS and SVD."
+    return f"About {time} of reading on one core for the embedded model ({about['tokens_a_second']} tokens a second).{few}"
+
 # %% ../../nbs/apps/10_eora.ipynb #900667c1
 @user_errors
 def _live(rank: int, block: int, layer: str, compression: str) -> tuple[str, str, str]:
@@ -187,11 +196,11 @@ def _recipe(model, pruning, bits, group, rounding, source, upload, field, pasted
     return _library().Recipe(
         str(model).strip(), None if bits == "16 (none)" else int(bits), None if group == "row" else int(group), rounding.lower(),
         *((None, "wanda") if pruning == "none" else ("2:4", pruning.lower())), int(rank), float(budget) if budget else None,
-        {"Python reference": "python", "element descriptions": "elements"}.get(source, str(source)), field or None, int(tokens))
+        {"best here": "best", "Python reference": "python", "element descriptions": "elements"}.get(source, str(source)), field or None, int(tokens))
 
 # %% ../../nbs/apps/10_eora.ipynb #f42f8089
 @user_errors
-def _run(model, pruning, bits, group, rounding, source, upload=None, field="", pasted="", tokens=2560, rank=64, budget=0, methods=(), prompt="",
+def _run(model, pruning, bits, group, rounding, source, upload=None, field="", pasted="", tokens=16_384, rank=64, budget=0, methods=(), prompt="",
          progress=gr.Progress()) -> Iterator[tuple]:
     "Compress and repair; yields (status, spectrum, curves, map, sizes, words, text, layer choices, key, early column, late column)."
     recipe, name, shown = _recipe(model, pruning, bits, group, rounding, source, upload, field, pasted, tokens, rank, budget), None, None
@@ -218,7 +227,7 @@ def _middle(names) -> str:
 def _summary(result) -> str:
     "One paragraph on the run."
     report, scores = result.report, result.report["perplexity"]
-    note = " Calibration is small for this model: shrinkage was on." if report["shrinkage_active"] else ""
+    note = f"\n\n> **Little text.** {report['warning']}." if report["warning"] else ""
     return (f"**{report['compression']}**: perplexity {scores['released']:.1f} (released), {scores['compressed']:.1f} (compressed), "
             f"**{scores['eora']:.1f} (EoRA)**, for {report['extra_mb']:.1f} MB beside {report['compressed_mb']:.1f} MB of compressed layers. "
             f"Calibrated on {report['calibration_tokens']:,} tokens of {report['calibration_source']}; "
@@ -269,12 +278,15 @@ def _inputs() -> list:
         with gr.Row():
             group = gr.Dropdown(["row", "32", "64", "192"], value="64", label="Weights a grid")
             rounding = gr.Dropdown(["GPTQ", "RTN"], value="GPTQ", label="Rounding")
-    source = gr.Radio(["Python reference", "element descriptions", "my file", "pasted text"], value="Python reference", label="Calibration text")
+    source = gr.Radio(["best here", "Python reference", "element descriptions", "my file", "pasted text"], value="best here", label="Calibration text",
+                      info="best here: web text (C4) if `hkust-demos data get c4-wiki-text` fetched it, else all embedded text")
     with gr.Accordion("My text", open=False):
         upload = gr.File(label=".txt or .jsonl, UTF-8, up to 5 MB", file_types=[".txt", ".jsonl"], type="filepath")
         field = gr.Textbox("", label="Field of a .jsonl (empty: guessed)")
         pasted = gr.Textbox("", lines=4, label="Pasted text")
-    tokens = gr.Slider(512, 8192, 2560, step=256, label="Calibration tokens")
+    tokens = gr.Slider(512, 131_072, 16_384, step=512, label="Calibration tokens")
+    note = gr.Markdown(_tokens_note(16_384))
+    tokens.change(_tokens_note, tokens, note, api_name="tokens", show_progress="hidden", trigger_mode="always_last")
     rank = gr.Slider(4, 128, 64, step=4, label="Rank of the paths")
     budget = gr.Number(0, minimum=0, label="or a budget in megabytes (0: one rank for all layers)")
     methods = gr.CheckboxGroup(["SVD", "ACT-S", "RMS"], value=["SVD", "RMS"], label="Compare EoRA with")

@@ -125,8 +125,8 @@ def auto_shrinkage(
     n_tokens: int,  # T
     in_features: int,  # d
 ) -> float:  # alpha
-    "A rule of thumb: min(0.5, d / T) when T < 10 d, else 0."
-    return 0.0 if n_tokens >= 10 * in_features else min(0.5, in_features / max(n_tokens, 1))
+    "The share of C that is noise, roughly: d / T, at most a half."
+    return min(0.5, in_features / max(n_tokens, 1))
 
 # %% ../../nbs/llm/01_calibration.ipynb #57c0c285
 def linear_layers(
@@ -251,7 +251,7 @@ def stream_input_statistics(
     with watch_inputs(linear_layers(model, module_filter), share) as watcher:
         for done, batch in enumerate(batches, 1):
             watcher.mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-            with torch.inference_mode():
+            with torch.no_grad():  # not inference_mode: the sums may be joined later
                 _run(model, batch)
             yield done, len(batches), watcher.found
 
