@@ -34,7 +34,7 @@ def tag_panel(
         top, sure = y + down * c, "" if np.isnan(confidence[c]) else f"confidence {confidence[c]:.0%}"
         parts += [svg_text(x - 10, top + down / 2, name, anchor="end"), svg_text(x - 10, top + down / 2 + 15, sure, anchor="end", size=11, color=SOFT)]
         parts += _tag_bars(tags[c], middle, top + 0.18 * down, 0.64 * down, reach)
-    return parts + [svg_text(x, y + height + 20, "blue and gray: right; orange: wrong", anchor="start", size=12, color=SOFT)]
+    return parts + [svg_text(x, y + height + 20, "blue and gray: right; orange: wrong; each side on its own scale", anchor="start", size=12, color=SOFT)]
 
 # %% ../../nbs/federated/37_fedmlp_views.ipynb #6a905fc4
 def _bar(x: float, y: float, width: float, height: float, color: str) -> str:
