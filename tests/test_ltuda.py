@@ -471,3 +471,55 @@ def test_predictions_in_parts_are_those_of_the_whole(slices, first_stage):
     assert torch.equal(whole, parts)
     assert set(evaluate_dice(first_stage.teacher, *slices[:2], "labeled")) == set(ORGANS)
     assert json.dumps(first_stage.history)
+
+
+# ---- what is shipped, and the study ----
+
+def test_shipped_networks_know_what_they_were_told():
+    from hkust_demos.vision.ltuda_shipped import NETWORKS, load_segmenter, phantom_tensors
+    images, labels, _ = phantom_tensors(6, 11, only_task=False)
+    scores = {name: evaluate_dice(load_segmenter(name), images, labels) for name in NETWORKS}
+    mean = {name: np.mean([*organs.values()]) for name, organs in scores.items()}
+    assert min(mean.values()) > 0.3 and mean["full"] > mean["ignore"] and all(organs["liver"] > 0.7 for organs in scores.values())
+    network = load_segmenter("ltuda")
+    assert load_segmenter("ltuda") is network and not any(p.requires_grad for p in network.parameters())
+    with pytest.raises(ValueError, match="use one of"):
+        load_segmenter("best")
+
+
+def test_networks_are_stored_and_read_back(slices, tmp_path):
+    from hkust_demos.checkpoints import save_checkpoint
+    from hkust_demos.vision.ltuda_shipped import load_segmenter, train_shipped
+    paths = train_shipped(tmp_path / "mine", slices, names=("ignore", "ltuda"), first=1, second=1, test=slices[:2], data="four slices a site",
+                          checkpoints=tmp_path / "kept")
+    card = json.loads(paths[1].read_text())
+    assert card["networks"] == ["ignore", "ltuda"] and set(card["metrics"]["dice"]["ltuda"]) == set(ORGANS) and card["not_for_diagnosis"]
+    assert {path.stem for path in (tmp_path / "kept").iterdir()} == {"ignore-first", "ignore", "cda-first", "ltuda"}
+    assert load_segmenter("ltuda", str(tmp_path / "mine")).predict(slices[0][:1], "labeled").shape == (1, 32, 32)
+    with pytest.raises(ValueError, match="hold no network 'cda'"):
+        load_segmenter("cda", str(tmp_path / "mine"))
+    with pytest.raises(FileExistsError, match="already"):
+        train_shipped(tmp_path / "mine", slices)
+    save_checkpoint(tmp_path / "other", {"ltuda.weight": torch.zeros(3)}, dict(command="", data="", seed=0, metrics={}))
+    with pytest.raises(ValueError, match="something else"):
+        load_segmenter("ltuda", str(tmp_path / "other"))
+
+
+def test_the_study_pairs_what_can_be_compared():
+    from hkust_demos.vision.ltuda_study import BATCH, PLANS, all_variants, baselines, build_study
+    study, pairs = build_study(), baselines(all_variants())
+    assert study.needs == {"patients/": "ct-organs"} and set(pairs) < set(study.variants)
+    for variant, other in pairs.items():
+        one, rival = (PLANS[name.split("/")[1]] for name in (variant, other))
+        assert variant.split("/")[0] == other.split("/")[0] and bool(one.after) == bool(rival.after)
+        if one.after:
+            assert one.views() == rival.views() or one.method in ("ignore+mix", "full+mix")
+    assert PLANS["cda"].views() == PLANS["ignore x3"].views() == PLANS["pseudo x3"].views() == PLANS["full x3"].views() == 600 and BATCH == 8
+
+
+def test_worlds_of_the_study_keep_patients_apart():
+    from hkust_demos.vision.ltuda_study import world_data
+    train, test = world_data("phantom", 1, False)
+    assert train[0].shape == (40, 1, 32, 32) and test[0].shape == (60, 1, 32, 32)
+    again, _ = world_data("phantom", 2, False)
+    assert not any(torch.equal(one, other) for one in train[0] for other in torch.cat([test[0], again[0]]))

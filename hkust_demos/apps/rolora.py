@@ -154,7 +154,7 @@ def _recipe(model, rotations, w_bits, a_bits, method, source, upload, pasted, to
     quantization = library.QuantConfig(int(w_bits), int(a_bits), int(kv_bits), method.lower(), n_shares=SHARES)
     rotation = library.RotationSpec(**library.parse_rotations(names), mode=mode.lower(), seed=int(seed))
     text = _text_file(source, upload, pasted)
-    folder = str(library.unzip_adapter(adapter, tempfile.mkdtemp())) if adapter else None
+    folder = str(library.unzip_adapter(adapter, Path(tempfile.mkdtemp()) / safe_name(Path(adapter).stem))) if adapter else None
     return library.Recipe(str(model).strip(), quantization, rotation, text, tokens=int(tokens), adapter=folder, **training)
 
 # %% ../../nbs/apps/50_rolora.ipynb #32b4fd09

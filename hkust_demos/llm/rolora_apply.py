@@ -401,10 +401,11 @@ MAX_FILE_MB = 500
 
 def unzip_adapter(
     path: str | Path,
-    folder: str | Path,  # to write into
+    folder: str | Path,  # to write into; made if missing
 ) -> Path:  # the folder
     "The files of an adapter from a zip, and no others."
     path, folder = Path(path), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         with zipfile.ZipFile(path) as archive:
             for name, info in _adapter_members(archive).items():

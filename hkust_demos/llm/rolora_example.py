@@ -122,7 +122,7 @@ def _norm(values: np.ndarray, scale: str) -> Normalize:
 def _draw_map(panel, values: np.ndarray, norm: Normalize, n_channels: int):
     "One map: tokens down, channels across."
     image = panel.imshow(values, aspect="auto", norm=norm, cmap="cividis", interpolation="nearest", extent=(0, n_channels, len(values), 0))
-    panel.set(xticks=[0, n_channels // 2, n_channels], yticks=[])
+    panel.set(xticks=[n_channels * part // 4 for part in range(4)], yticks=[])
     panel.grid(visible=False)
     return image
 

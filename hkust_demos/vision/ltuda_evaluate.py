@@ -54,6 +54,7 @@ def hd95_table(
     metric = HausdorffDistanceMetric(include_background=False, percentile=95, reduction="none")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*all 0.*")  # empty organs are dealt with below
+        warnings.filterwarnings("ignore", category=FutureWarning, module="monai")  # an option that MONAI sets itself
         distance = metric(found, there).float()
     shown, seen = (part.flatten(2).any(2)[:, 1:] for part in (there, found))
     diagonal = torch.tensor(truth.shape[1:], dtype=torch.float32).norm()

@@ -18,8 +18,8 @@ from ..checkpoints import check_free, load_checkpoint, save_checkpoint, shipped_
 from ..data.abdomen import abdomen_phantom
 from .ltuda import PartialSegmenter, TrainResult, evaluate_dice, small_segmenter, train_partial
 
-# %% ../../nbs/vision/26_ltuda_shipped.ipynb #fdb69d2c
-SIZE, PER_SITE, COMMAND = 64, 10, "hkust-demos train ltuda"
+# %% ../../nbs/vision/26_ltuda_shipped.ipynb #afd91749
+SIZE, PER_SITE, COMMAND = 48, 10, "hkust-demos train ltuda"
 NETWORKS = {"ignore": "partial labels only", "pseudo": "pseudo-labels, no mixing", "cda": "pseudo-labels and mixing (CDA)",
             "ltuda": "CDA, then prototypes (LTUDA)", "full": "full supervision and mixing"}
 STAGES = {"ignore": ("ignore", 3), "pseudo": ("pseudo", 3), "cda": ("cda", 1), "full": ("full+mix", 1)}  # recipe, steps for one with mixing
@@ -35,25 +35,28 @@ def train_networks(
     train: tuple[Tensor, Tensor, Tensor],  # images (N, 1, H, W) in [-1, 1], labels (N, H, W), task_ids (N,)
     names: tuple[str, ...] = tuple(NETWORKS),
     *,
-    first: int = 200,  # steps of three views
-    second: int = 150,
+    first: int = 120,  # steps of three views
+    second: int = 80,
     seed: int = 0,
+    checkpoints: str | Path | None = None,  # folder: each stage is kept there, and a killed training goes on
     progress: Callable[[float, str], None] | None = None,  # called with the share done and a word
 ) -> dict[str, PartialSegmenter]:  # the teachers
     "Train networks that differ in what they are told."
     unknown = [name for name in names if name not in NETWORKS]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is no network; use {', '.join(NETWORKS)}")
+    kept = lambda stage: None if checkpoints is None else Path(checkpoints) / f"{stage}.safetensors"
     begun: dict[str, TrainResult] = {}
     finished = {}
     for k, name in enumerate(names):
         told = lambda done, steps, record, k=k, name=name: progress((k + done / steps) / len(names), name) if progress else None
         stage = "cda" if name == "ltuda" else name
         recipe, factor = STAGES[stage]
+        options = dict(seed=seed, progress=told)
         if stage not in begun:
-            begun[stage] = train_partial(*train, recipe, steps=factor * first, warmup=factor * first // 3, seed=seed, progress=told)
+            begun[stage] = train_partial(*train, recipe, steps=factor * first, warmup=factor * first // 3, checkpoint=kept(f"{stage}-first"), **options)
         last = "stable" if name == "ltuda" else recipe
-        finished[name] = train_partial(*train, last, begun[stage], factor * second, lr=4e-3, seed=seed, progress=told).teacher
+        finished[name] = train_partial(*train, last, begun[stage], factor * second, lr=4e-3, checkpoint=kept(name), **options).teacher
     return finished
 
 # %% ../../nbs/vision/26_ltuda_shipped.ipynb #4c984198
@@ -76,7 +79,7 @@ def unpack(tensors: dict[str, Tensor], name: str) -> PartialSegmenter:
     network.load_state_dict(mine)
     return network.eval().requires_grad_(False)
 
-
+# %% ../../nbs/vision/26_ltuda_shipped.ipynb #678fe08a
 def train_shipped(
     out: str | Path,  # folder for weights.safetensors and card.json
     train: tuple[Tensor, Tensor, Tensor] | None = None,  # None takes generated slices
@@ -86,7 +89,7 @@ def train_shipped(
     test: tuple[Tensor, Tensor] | None = None,  # images and labels; None takes generated ones
     command: str = COMMAND,
     seed: int = 0,
-    **options,  # of `train_networks`: first, second, progress
+    **options,  # of `train_networks`: first, second, checkpoints, progress
 ) -> list[Path]:
     "Train, judge and store."
     check_free(out)
