@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROTATIONS', 'FULL', 'FORMATS', 'REAL', 'TEXTS', 'TUNED', 'RECIPES', 'RIVALS', 'METRICS', 'PLACES', 'SETTINGS', 'LOOP',
-           'QUICK', 'text_variants', 'tune_variants', 'Laboratory', 'question_rows', 'run', 'picture', 'build_study']
+           'QUICK', 'ROTATION_WORDS', 'RECIPE_WORDS', 'TEXT_WORDS', 'BESIDE', 'text_variants', 'tune_variants',
+           'Laboratory', 'question_rows', 'run', 'picture', 'build_study', 'evidence', 'verdict']
 
 # %% ../../nbs/llm/22_rolora_study.ipynb #bbd49db7
 import copy
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..data.text import MultipleChoice, demo_corpora, pack_sequences, province_questions
+from ..evidence import markdown_rows, mean_and_spread
 from .activations import activation_stats
 from .evaluate import choice_accuracy, paired_bootstrap, perplexity
 from .models import load_demo_lm
@@ -321,3 +323,54 @@ def build_study(quick: bool = False) -> Study:
     baseline |= {v: f"tune/{RIVALS[v.split('/')[1]]}/{v.split('/')[2]}" for v in variants if v.startswith("tune/") and v.split("/")[1] in RIVALS}
     baseline = {v: b for v, b in baseline.items() if b in variants and b != v}
     return Study("rolora", variants, METRICS, run, baseline=baseline, picture=picture, needs={} if quick else _needs())
+
+# %% ../../nbs/llm/22_rolora_study.ipynb #7f2d36f1
+ROTATION_WORDS = {"none": "no rotation", "r1": "R1", "r1r4": "R1 and R4", "r1r2r4": "R1, R2 and R4", "haar": "R1 (Haar) and R4"}
+RECIPE_WORDS = {"none": "not tuned", "rotated": "not tuned, rotated", "lora": "LoRA, no rotation", "lbr": "LoRA, then rotated (LBR)",
+                "lar": "rotated, then LoRA (LAR = RoLoRA)", "lora-loop": "LoRA, quantizers in the loop", "lbr-loop": "the same, then rotated",
+                "lar-loop": "rotated, quantizers in the loop", "wrong-seed": "LAR merged under another rotation"}
+TEXT_WORDS = {"python": "Python documentation", "wikitext": "WikiText-2", "c4": "web text (C4)"}
+
+BESIDE = """SmolLM2-135M with weights (W) and activations (A) of so many bits, rounded to nearest or by GPTQ. You see **perplexity** on unseen text, lower
+is better; full precision is W16A16. ± is the standard deviation over seeds of the rotation. Below, accuracy in percent on held-out questions (which
+country a province belongs to) after 200 steps of LoRA on other provinces; ± over seeds of rotation and training."""
+
+# %% ../../nbs/llm/22_rolora_study.ipynb #42413fd3
+def _block(table: pd.DataFrame, topic: str, words: dict[str, str], metric: str, scale: float) -> str:
+    "One row a rotation or recipe, one column a format; empty ones are left out."
+    here = table[table.variant.str.startswith(f"{topic}/") & table[metric].notna()]
+    formats = list(dict.fromkeys(name.split("/")[2] for name in here.variant))
+    rows = [[title, *(mean_and_spread(scale * here[here.variant == f"{topic}/{key}/{bits}"][metric]) for bits in formats)]
+            for key, title in words.items() if here.variant.str.startswith(f"{topic}/{key}/").any()]
+    return markdown_rows(["", *(bits.upper().replace("-GPTQ", ", GPTQ") for bits in formats)], rows) if rows else ""
+
+
+def evidence(
+    table: pd.DataFrame,  # of the study
+) -> str:
+    "Perplexity by rotation and format, one table a text; then accuracy after fine-tuning."
+    parts = [(f"**{title}**", _block(table, text, ROTATION_WORDS, "ppl", 1)) for text, title in TEXT_WORDS.items()]
+    parts.append(("**After fine-tuning (accuracy in percent)**", _block(table, "tune", RECIPE_WORDS, "accuracy", 100)))
+    return "\n\n".join([BESIDE, *(f"{title}\n\n{rows}" for title, rows in parts if rows)])
+
+# %% ../../nbs/llm/22_rolora_study.ipynb #bb979f36
+def _tuned_words(table: pd.DataFrame) -> str:
+    "LAR against LBR, as far as it was run."
+    runs = {r: table[table.variant == f"tune/{r}/w4a4"].set_index("seed").accuracy for r in ("lora", "lbr", "lar")}
+    pairs = (runs["lar"] - runs["lbr"]).dropna()
+    if not len(pairs):
+        return "Fine-tuning was not run yet."
+    return (f"After fine-tuning, W4A4 answers {100 * runs['lora'].mean():.0f} % without rotation, {100 * runs['lbr'].mean():.0f} % rotated afterwards and "
+            f"{100 * runs['lar'].mean():.0f} % rotated before: rotating before training adds {mean_and_spread(100 * pairs)} points, {len(pairs)} seeds.")
+
+
+def verdict(
+    table: pd.DataFrame,
+) -> tuple[str, str]:  # what was measured on what, where it does not hold
+    "Two sentences: activations alone, then weights and training."
+    ppl = table.groupby("variant").ppl.mean()
+    full, none, both, w6 = (ppl.get(f"python/{row}", math.nan) for row in ("none/w16a16", "none/w16a4", "r1r4/w16a4", "r1r4/w6a6"))
+    rtn, gptq = (ppl.get(f"python/r1r4/{bits}", math.nan) for bits in ("w4a4", "w4a4-gptq"))
+    return (f"SmolLM2-135M on Python text: activations of 4 bits raise perplexity from {full:.1f} to {none:,.0f}, and to {both:.1f} once R1 and R4 have "
+            f"spread the outliers; W6A6 rotated stands at {w6:.1f}.",
+            f"Weights of 4 bits are hard on a model this small: W4A4 rotated is at {rtn:.0f} rounded to nearest, {gptq:.0f} with GPTQ. {_tuned_words(table)}")
