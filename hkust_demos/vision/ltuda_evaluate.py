@@ -111,4 +111,4 @@ def entropy_map(
 ) -> Tensor:  # (...) in [0, 1] bits
     "The largest binary entropy over organs."
     p = probabilities.clamp(1e-7, 1 - 1e-7)
-    return -(p * p.log2() + (1 - p) * (1 - p).log2()).amax(0)
+    return -(p * p.log2() + (1 - p) * (1 - p).log2()).amin(0)

@@ -48,7 +48,7 @@ def _pda(method: str = "pda", steps: int = SECOND, **changes) -> Plan:
 PLANS = {
     **{name: Plan(name) for name in ("background", "ignore", "pseudo", "ignore+mix", "cda", "full", "full+mix")},
     **{f"{name} x3": Plan(name, 3 * FIRST) for name in ("ignore", "pseudo", "full", "cda")},
-    **{f"{name} x9": Plan(name, 9 * FIRST) for name in ("ignore", "full")},
+    "ignore x9": Plan("ignore", 9 * FIRST),
     "cda cross": Plan("cda", changes={"cross_site": True}),
     **{f"{name} from 0": Plan(name, changes={"prior": 0.0}) for name in ("ignore", "cda", "full")},
     **{f"{name} longer": Plan(name, SECOND, name) for name in ("ignore+mix", "cda", "full+mix")},
