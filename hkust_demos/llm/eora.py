@@ -146,7 +146,7 @@ def solve_paths(
     rank: int,  # largest rank; narrower layers get their own maximum
     method: str = "eora",  # see `low_rank_path`
     *,
-    shrinkage: float | str = 0.0,  # of the second moments; "auto" = `auto_shrinkage`
+    shrinkage: float | str = "auto",  # of the second moments; 0 as published, "auto" = `auto_shrinkage`
     progress: Callable[[int, int], None] | None = None,  # called with (layers done, layers)
 ) -> dict[str, LowRankPath]:  # layer name -> path
     "Solve the paths of a whole model once; `.truncate` gives every smaller rank."
@@ -166,7 +166,7 @@ def compress_and_compensate(
     in_place: bool = False,  # change the given model instead of a copy
     *,
     budget_bytes: float | None = None,  # ranks by layer under this budget, `rank` is then the largest
-    shrinkage: float | str = 0.0,  # "auto" pulls C toward its diagonal when calibration is short
+    shrinkage: float | str = "auto",  # 0 as published; "auto" pulls C toward its diagonal, less with more text
     progress: Callable[[int, int], None] | None = None,  # called with (layers done, layers); blocks if sequential
 ) -> CompensatedModel:
     "Compress every linear layer and put an un-merged low-rank path beside it."
