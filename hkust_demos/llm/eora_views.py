@@ -81,7 +81,7 @@ def compare_prompt(
     return table, {label: (kl_divergence(found["released"], p), written[label]) for label, p in found.items()}
 
 # %% ../../nbs/llm/13_eora_views.ipynb #fd528869
-TEXT = dict(calibration="python")  # and the recipe's own number of tokens
+TEXT = dict(calibration="python", tokens=2_560)  # little, so that an example is quickly made; its words say so
 EXAMPLES = {"Wanda 2:4": Recipe(**TEXT), "SparseGPT 2:4": Recipe(pruning="sparsegpt", **TEXT), "GPTQ 3 bits": Recipe(bits=3, sparsity=None, **TEXT)}
 HELD_OUT = 2048  # tokens that the shares are measured on
 
