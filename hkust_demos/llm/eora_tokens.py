@@ -58,7 +58,7 @@ def token_variants() -> list[str]:
     names += [v for size in SIZES for v in _block("c4", size, "wanda-2:4", rules[:-1])]
     names += [v for c in CORE for v in _block("python", 32_768, c, rules[:-1])]
     names += [v for c in CORE for v in _block("c4", SIZES[-1], c, ["svd/r128", "rms/r128", "eora/r128"])]
-    names += [v for c in MORE for v in _block("c4", SIZES[-1], c, ["none", "svd", "rms", "eora"])]
+    names += [v for c in MORE for v in _block("c4", SIZES[-1], c, ["none", "svd", "rms", "eora", "eora-auto"])]
     return names + [v for text in ("mixed", "other") for size in SIZES[:2] for c in hard
                     for v in _block(text, size, c, ["rms", "eora", "eora-auto", "eora-50"])]
 
