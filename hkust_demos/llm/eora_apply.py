@@ -91,10 +91,11 @@ def _embedded(part: str) -> Corpus:
 
 # %% ../../nbs/llm/12_eora_apply.ipynb #8cef8546
 def calibration_corpora(
-    calibration: str,  # "c4", "embedded", "python", "elements" or a file
+    calibration: str,  # "best", "c4", "embedded", "python", "elements" or a file
     field: str | None = None,  # text field of a .jsonl
 ) -> tuple[Corpus, Corpus]:  # to calibrate, to evaluate
     "Two texts that do not overlap."
+    calibration = best_text() if calibration == "best" else calibration
     makers = {"python": python_reference, "elements": element_descriptions, "embedded": _embedded, "c4": _web}
     if calibration in makers:
         return makers[calibration]("calibration"), makers[calibration]("evaluation")
