@@ -21,7 +21,7 @@ setup(
     license="Apache-2.0",
     keywords=config["keywords"],
     packages=find_packages(include=[library, f"{library}.*"]),
-    package_data={library: ["apps/gallery/*.png", "data/*", "weights/*/*"]},
+    package_data={library: ["apps/gallery/*.png", "apps/gallery/*.json", "data/*", "weights/*/*"]},
     python_requires=f">={config['min_python']}",
     install_requires=config["requirements"].split(),
     extras_require={name: config[f"{name}_requirements"].split() for name in ("lab", "eval", "simulation", "dev")},

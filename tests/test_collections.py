@@ -246,6 +246,15 @@ def pancreas(root):
     nibabel.save(nibabel.Nifti1Image(mask, np.diag([-1.0, -1.0, 5.0, 1.0])), path)
 
 
+def official_slices(root):
+    "LTUDA's slices: one training slice of a spleen case, one test volume."
+    for name, shape in (("slice_npz/Organ12_40_7", (8, 6, 1)), ("npz_case/case_11", (8, 6, 3))):
+        hu, organs = np.full(shape, -900, np.int16), np.zeros(shape, np.uint8)
+        hu[1:4, 1:3], organs[1:4, 1:3] = 60, 2
+        (root / "AbdomenCT-1K" / name).parent.mkdir(parents=True, exist_ok=True)
+        np.savez(root / f"AbdomenCT-1K/{name}.npz", hu, organs)
+
+
 def medmnist(root):
     "PneumoniaMNIST with two pictures a side."
     root.mkdir(parents=True)
@@ -298,13 +307,14 @@ TINY = {  # name: (builder, folder, what it must hold: examples, groups, labels)
     "kits19": (lambda r: organ_case(r / "data/case_00001/imaging.nii.gz", r / "data/case_00001/segmentation.nii.gz", 1), "kits19", 1, 1, [0]),
     "nih-pancreas": (pancreas, "Pancreas-CT", 1, 1, [0]),
     "abdomenct-1k": (lambda r: organ_case(r / "a/Case_00001_0000.nii.gz", r / "Mask/Case_00001.nii.gz", 3), "AbdomenCT-1K", 1, 1, [0]),
+    "ltuda-slices": (official_slices, "Toy_dataset", 2, 2, [0, 0]),
     "medmnist": (medmnist, "pneumoniamnist", 6, 0, [0, 0, 0, 0, 0, 1]),
     "modelnet": (modelnet, "ModelNet10", 2, 0, [0, 0]),
     "modelnet-voxels": (voxels, "modelnet_voxels", 3, 0, [0, 0, 1]),
     "wikitext-2": (wiki, "wikitext-2", 3, 0, [0, 0, 0]),
 }
 OTHER_FORMS = {"ham10000": ham, "ph2": ph2, "odir5k": odir, "oral-histology": oral, "nct-crc": nct, "lc25000": lc, "breakhis": breakhis, "dsb2018": nuclei}
-ORGAN = {"lits": 1, "msd": 2, "kits19": 3, "nih-pancreas": 4, "abdomenct-1k": 2}
+ORGAN = {"lits": 1, "msd": 2, "kits19": 3, "nih-pancreas": 4, "abdomenct-1k": 2, "ltuda-slices": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -524,7 +534,7 @@ def test_data_check_counts_and_ends_with_an_error_where_a_picture_is_cut(tmp_pat
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     assert cli.main(["data", "check"]) == 0
     shown = capsys.readouterr().out
-    assert "4 pictures of 3 lesions" in shown and "all 4 read" in shown and "sets here: 2, missing: 25" in shown
+    assert "4 pictures of 3 lesions" in shown and "all 4 read" in shown and f"sets here: 2, missing: {len(COLLECTIONS) - 2}" in shown
     (tmp_path / "ham10000/images/ISIC_0000002.jpg").write_bytes(b"\xff\xd8\xff cut")
     assert cli.main(["data", "check", "ham10000"]) == 2
     both = capsys.readouterr()

@@ -67,6 +67,14 @@ def test_cards(hub, page):
         assert (f"{name}/" in links) == method.ready and method.url in links
 
 
+def test_a_card_tells_what_was_measured(hub, page):
+    page.goto(hub.url)
+    card = page.locator("#d2ue")
+    assert not card.get_by_text("Where it does not hold").is_visible()
+    card.get_by_text("What was measured here").click()
+    assert card.get_by_text("Where it does not hold").is_visible() and "AUROC" in card.inner_text()
+
+
 def test_keyboard_reaches_the_first_app(hub, page):
     page.goto(hub.url)
     page.keyboard.press("Tab")

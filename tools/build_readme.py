@@ -1,15 +1,17 @@
 #!/usr/bin/env python
-"""README.md and the gallery from nbs/index.ipynb and results/.
+"""README.md, the page of results and the gallery from nbs/index.ipynb, nbs/08_results.ipynb and results/.
 
-    python tools/build_readme.py          run the index notebook, store its outputs, write README.md and the gallery
+    python tools/build_readme.py          run both notebooks, store their outputs, write README.md and the gallery
     python tools/build_readme.py --check  write nothing; fail if one of them is stale
 
 Text cells come as they are, with links turned from nbs/ to the root. Of a code cell comes the code, unless it is
 hidden (`#| hide`), silent (`#| echo: false`: its output only) or exported, and then its output: Markdown as Markdown,
 tables as tables, anything else as text. The index is run afresh, so a changed catalog or a new results/*.csv makes
-the README stale. The gallery (the pictures of the README and of the hub's cards) holds copies of results/METHOD.png.
+the README stale, and the page of results with it. The gallery (pictures and sentences of the hub's cards, pictures
+of the README) holds copies of results/METHOD.png and the two sentences which each study draws from its table.
 """
 import argparse
+import json
 import re
 import shutil
 import sys
@@ -82,38 +84,42 @@ def missing_targets(source, root):
     return sorted({a for a in local if not (Path(root) / a).exists()})
 
 
-def fresh_index(root):
-    "The index notebook as text, run now, beside the original so that its paths hold."
-    index = Path(root) / "nbs" / "index.ipynb"
-    with tempfile.NamedTemporaryFile(dir=index.parent, prefix=".index-", suffix=".ipynb", delete=False) as file:
+def fresh(page):
+    "A notebook as text, run now, beside the original so that its paths hold."
+    with tempfile.NamedTemporaryFile(dir=page.parent, prefix=f".{page.stem}-", suffix=".ipynb", delete=False) as file:
         copy = Path(file.name)
     try:
-        shutil.copyfile(index, copy)
-        if error := run_in_child(copy, root=root, timeout=300):
-            raise ValueError(f"nbs/index.ipynb does not run: {error}")
+        shutil.copyfile(page, copy)
+        if error := run_in_child(copy, root=page.parent.parent, timeout=300):
+            raise ValueError(f"nbs/{page.name} does not run: {error}")
         return read_notebook(copy), copy.read_text(encoding="utf-8")
     finally:
         copy.unlink()
 
 
 def gallery(root):
-    "The gallery's pictures by path: what the studies drew last."
-    folder = Path(root) / "hkust_demos" / "apps" / "gallery"
-    return {folder / picture.name: picture.read_bytes() for picture in sorted((Path(root) / "results").glob("*.png"))}
+    "What the studies drew last and what they say, by path."
+    from hkust_demos.evidence import verdicts
+
+    folder, sentences = Path(root) / "hkust_demos" / "apps" / "gallery", verdicts(Path(root) / "results")
+    found = {folder / picture.name: picture.read_bytes() for picture in sorted((Path(root) / "results").glob("*.png"))}
+    if sentences:
+        found[folder / "verdicts.json"] = (json.dumps(sentences, indent=1, ensure_ascii=False) + "\n").encode()
+    return found
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if README.md, the index or the gallery is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if README.md, its notebooks or the gallery are stale")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     try:
-        notebook, stored = fresh_index(args.root)
-        source = readme(notebook)
+        pages = {page: fresh(page) for page in (args.root / "nbs" / "index.ipynb", args.root / "nbs" / "08_results.ipynb") if page.exists()}
+        source = readme(pages[args.root / "nbs" / "index.ipynb"][0])
     except ValueError as error:
         print(f"build_readme: {error}")
         return 1
-    wanted = {args.root / "nbs" / "index.ipynb": stored.encode(), args.root / "README.md": source.encode(), **gallery(args.root)}
+    wanted = {page: stored.encode() for page, (_, stored) in pages.items()} | {args.root / "README.md": source.encode(), **gallery(args.root)}
     stale = [path for path, content in wanted.items() if not path.exists() or path.read_bytes() != content]
     for path in [] if args.check else stale:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,12 +12,14 @@ import hkust_demos.apps.common as common
 import gc
 import html
 import importlib
+import json
 import os
 import re
 import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from urllib.parse import quote
@@ -43,6 +45,7 @@ main{max-width:74rem} .lead{font-size:1.15rem;max-width:44rem;color:var(--soft)}
 .card img,.card svg{width:100%;height:9.5rem;object-fit:contain;background:#fff;border-radius:0;border-bottom:1px solid var(--line);display:block}
 .card svg{background:var(--shade)} .card div{padding:.9rem 1.1rem 1rem;display:flex;flex-direction:column;gap:.4rem;flex:1} .card h3{margin:0;font-size:1.15rem}
 .card p{margin:0;font-size:.95rem;line-height:1.45} .links{display:flex;gap:1rem;margin-top:auto!important;padding-top:.4rem;flex-wrap:wrap} .coming{opacity:.62}
+.card details{font-size:.9rem;color:var(--soft)} .card summary{cursor:pointer}
 .go{background:var(--link);color:var(--paper);padding:.15rem .8rem;border-radius:6px;text-decoration:none} a:focus-visible{outline:3px solid #E69F00;outline-offset:2px}
 """
 
@@ -56,6 +59,22 @@ def _picture(name: str) -> str:
             f'text-anchor="middle" font-size="26" fill="currentColor" opacity=".55">{METHODS[name].title}</text></svg>')
 
 # %% ../../nbs/apps/90_hub.ipynb #5b6ce6c1
+@lru_cache(maxsize=1)
+def _verdicts() -> dict[str, dict[str, str]]:
+    "What was measured and where it does not hold, by method."
+    stored = files("hkust_demos") / "apps" / "gallery" / "verdicts.json"
+    return json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+
+
+def _measured(method: Method) -> str:
+    "Two folded sentences of a ready method."
+    found = _verdicts().get(method.name) if method.ready else None
+    if not found:
+        return ""
+    return (f'<details><summary>What was measured here</summary><p>{html.escape(found["measured"])}</p>'
+            f'<p><b>Where it does not hold:</b> {html.escape(found["limits"])}</p></details>')
+
+
 def _card(method: Method) -> str:
     "One card; only a ready method has links into the suite."
     page = method.notebook.removeprefix("nbs/").removesuffix(".ipynb")
@@ -64,7 +83,7 @@ def _card(method: Method) -> str:
         links.append(f'<a href="notebooks/{page}">Notebook</a>')
     links.append(f'<a href="{method.url}" rel="noopener">Paper</a>')
     return (f'<article class="card{"" if method.ready else " coming"}" id="{method.name}">{_picture(method.name)}<div><h3>{method.title}</h3>'
-            f'<p>{html.escape(method.claim)}</p><p class="links">{"".join(links)}</p></div></article>')
+            f'<p>{html.escape(method.claim)}</p><p class="links">{"".join(links)}</p>{_measured(method)}</div></article>')
 
 # %% ../../nbs/apps/90_hub.ipynb #b9094de2
 def index_page() -> str:

@@ -164,6 +164,12 @@ _add("abdomenct-1k", "AbdomenCT-1K", "https://github.com/JunMa11/AbdomenCT-1K", 
      folders="abdomenct_1k; AbdomenCT-1K", marks="*/Case_*_0000.nii.gz; Case_*_0000.nii.gz",
      layout="Case_NNNNN_0000.nii.gz and Case_NNNNN.nii.gz in any folders", holds="1,000 labeled CT; built from LiTS, KiTS, MSD and NIH Pancreas",
      group="volume", methods="ltuda", reader="mask_sets:read_abdomen")
+_add("ltuda-slices", "Official slices of LTUDA (.npz)", "https://github.com/xjiangmed/LTUDA", "terms of the sets that they come from",
+     "Jiang et al. arXiv:2409.03228 (2024).", folders="ltuda_slices; Toy_dataset; Toy dataset; Partially_labeled_dataset; Partially labeled dataset",
+     marks="*/slice_npz; slice_npz; train/0liver; */0liver", group="case", methods="ltuda", reader="organ_sets:read_official",
+     layout="as shared by the authors: AbdomenCT-1K/slice_npz/Organ12_CASE_SLICE.npz and AbdomenCT-1K/npz_case/case_CASE.npz, or "
+            "train/{0liver,1spleen,2kidney,3pancreas}/FOLDER/ORGAN_CASE_SLICE.npz",
+     holds="toy: 3,123 slices of 40 cases and 10 test volumes; union: 35,835 slices of 346 cases")
 
 # %% ../../nbs/data/06_collections.ipynb #e30b8392
 _add("medmnist", "MedMNIST v2", "https://medmnist.com", "CC BY 4.0 (DermaMNIST CC BY-NC 4.0)", "Yang et al. Scientific Data 10, 41 (2023).",

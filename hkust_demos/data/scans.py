@@ -205,7 +205,8 @@ def write_scan(
 ) -> Path:
     "Write a result on the input's own grid, whole or not at all."
     path = Path(path)
-    array = np.asarray(result.array if isinstance(result, Scan) else result, np.float32)
+    array = np.asarray(result.array if isinstance(result, Scan) else result)
+    array = array if array.dtype == np.uint8 else array.astype(np.float32)  # labels stay whole numbers
     failed = "could not be written; choose a folder that may be written and has room"
     data = guarded(path.name, _encoded, array, path, like, bits, otherwise=failed)
     guarded(path.name, _write_whole, path, data, force, otherwise=failed)

@@ -215,15 +215,16 @@ def quantize_gptq(
     *,
     symmetric: bool = False,  # zero point in the middle
     mask: Tensor | None = None,  # (out, in) True is kept, others become zero
+    grids: tuple[Tensor, Tensor] | None = None,  # scale and zero point, (out, groups) each, instead of the smallest and largest weight's
 ) -> Tensor:  # (out, in), values on the grid
     "GPTQ: round column by column and let the remaining columns absorb the error."
-    _check_weight(weight, bits, group_size, ragged=False)
+    _check_weight(weight, bits if grids is None else None, group_size, ragged=False)
     _check_hessian(weight, hessian)
     format = _Format(bits, group_size, symmetric, mask=None if mask is None else mask.T)
-    if not act_order:
+    if grids is None and not act_order:
         return _sweep(weight, _inverse_factor(hessian, damping), format)
-    order = hessian.diagonal().argsort(descending=True)
-    grids = _static_grids(weight, bits, group_size, symmetric)
+    order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(len(hessian))
+    grids = _static_grids(weight, bits, group_size, symmetric) if grids is None else _by_column(grids, weight.shape[1])
     format.mask = None if mask is None else mask.T[order]
     fixed = _sweep(weight[:, order], _inverse_factor(hessian[order][:, order], damping), format, tuple(g[order] for g in grids))
     return fixed[:, order.argsort()]
@@ -235,6 +236,11 @@ def _static_grids(weight: Tensor, bits: int, group_size: int | None, symmetric: 
     size = group_size or n_in
     grids = _grid(weight.float().reshape(-1, size), bits, symmetric)
     return tuple(g.reshape(n_out, -1).repeat_interleave(size, 1).T for g in grids)
+
+
+def _by_column(grids: tuple[Tensor, Tensor], n_in: int) -> tuple[Tensor, Tensor]:
+    "Scale and zero point for every column, (in, out), from (out, groups)."
+    return tuple(part.repeat_interleave(n_in // part.shape[1], 1).T for part in grids)
 
 
 def prune_sparsegpt(

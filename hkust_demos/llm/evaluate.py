@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Perplexity', 'perplexity', 'Ratio', 'block_means', 'paired_bootstrap', 'Accuracy', 'answered_right',
            'multiple_choice_accuracy', 'Gain', 'paired_gain', 'next_token_probabilities', 'next_tokens',
-           'kl_divergence', 'continue_text', 'run_lm_eval']
+           'kl_divergence', 'ChoiceAccuracy', 'choice_accuracy', 'continue_text', 'run_lm_eval']
 
 # %% ../../nbs/llm/03_evaluate.ipynb #c0ab8d96
 from collections.abc import Callable, Sequence
@@ -203,6 +203,51 @@ def kl_divergence(
     tiny = torch.finfo(torch.float64).tiny
     ratio = reference.double().clamp(min=tiny).log() - other.double().clamp(min=tiny).log()
     return max(float((reference * ratio).sum()), 0.0)
+
+# %% ../../nbs/llm/03_evaluate.ipynb #1ceeca8c
+class ChoiceAccuracy(NamedTuple):
+    "Share of right answers, its standard error, the mean cross entropy among the choices, and which items were right."
+    acc: float
+    stderr: float
+    loss: float
+    right: Tensor
+
+
+def _first_tokens(tokenizer, choices: Sequence[str]) -> list[int]:
+    "First token of each choice; they must differ."
+    first = [tokenizer(choice, add_special_tokens=False).input_ids[0] for choice in choices]
+    if len(set(first)) < len(first):
+        raise ValueError(f"choices {choices} do not differ in their first token; use multiple_choice_accuracy")
+    return first
+
+# %% ../../nbs/llm/03_evaluate.ipynb #00af8b3b
+@torch.inference_mode()
+def choice_accuracy(
+    model: nn.Module,  # a causal language model
+    tokenizer,  # its tokenizer
+    items: Sequence,  # `MultipleChoice(prompt, choices, answer)` each, equally many choices
+    *,
+    batch_size: int = 10,  # items a forward pass
+) -> ChoiceAccuracy:
+    "Share of items whose right choice has the likeliest first token."
+    if not items:
+        raise ValueError("items is empty: give at least one question")
+    start_token, scores = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else [], []
+    prompts = [start_token + tokenizer(item.prompt, add_special_tokens=False).input_ids for item in items]
+    firsts = torch.tensor([_first_tokens(tokenizer, item.choices) for item in items])
+    by_length = torch.tensor([len(ids) for ids in prompts]).argsort()
+    for batch in by_length.split(batch_size):
+        rows, first = [prompts[i] for i in batch], firsts[batch]
+        last = torch.tensor([len(ids) - 1 for ids in rows])
+        tokens = torch.tensor([ids + [0] * (int(last.max()) + 1 - len(ids)) for ids in rows])
+        check_tokens(model, tokens)
+        needed, place = last.unique(return_inverse=True)
+        logits = model(tokens, use_cache=False, logits_to_keep=needed).logits
+        scores.append(logits[torch.arange(len(rows)), place].float().gather(1, first))
+    scores, answers = torch.cat(scores)[by_length.argsort()], torch.tensor([item.answer for item in items])
+    right = scores.argmax(1) == answers
+    p = right.float().mean().item()
+    return ChoiceAccuracy(p, (p * (1 - p) / len(items)) ** 0.5, F.cross_entropy(scores, answers).item(), right)
 
 # %% ../../nbs/llm/03_evaluate.ipynb #d44123c1
 @torch.inference_mode()

@@ -181,7 +181,8 @@ def _tensors(n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     if not hadamard_plan(n)[2]:
         warnings.warn(f"no Hadamard matrix of width {n} is known here; a fixed random rotation of its part {hadamard_plan(n)[0][0]} "
                       "takes its place and flattens outliers a little less", stacklevel=3)
-    return tuple(torch.from_numpy(F / len(F) ** 0.5).to(device, dtype) for F in (A, B))
+    with torch.inference_mode(False):  # they are kept, and training may use them later
+        return tuple(torch.from_numpy(F / len(F) ** 0.5).to(device, dtype) for F in (A, B))
 
 
 def hadamard_transform(
