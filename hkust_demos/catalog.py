@@ -46,7 +46,7 @@ _LLM = [
             ready=True),
     _method("rolora", "RoLoRA", "llm/21_rolora", 2024, "EMNLP Findings", "https://arxiv.org/abs/2407.08044",
             "RoLoRA: Fine-tuning Rotated Outlier-free LLMs for Effective Weight-Activation Quantization",
-            "Rotating a model before fine-tuning removes activation outliers, so that 4-bit weights and activations survive."),
+            "Rotating a model before fine-tuning removes activation outliers, so that 4-bit weights and activations survive.", ready=True),
 ]
 
 # %% ../nbs/00_catalog.ipynb #cd919846
@@ -73,8 +73,7 @@ _FEDERATED = [
             ready=True),
     _method("fedia", "FedIA", "federated/20_fedia", 2024, "MICCAI", "https://arxiv.org/abs/2407.02280",
             "FedIA: Federated Medical Image Segmentation with Heterogeneous Annotation Completeness",
-            "Clients whose annotations are incomplete are found out, corrected and weighted, and the shared segmentation recovers.",
-            ready=True),
+            "Clients whose annotations are incomplete are found out, corrected and weighted, and the shared segmentation recovers.", ready=True),
     _method("fedmlp", "FedMLP", "federated/30_fedmlp", 2024, "MICCAI", "https://arxiv.org/abs/2406.18995",
             "FedMLP: Federated Multi-Label Medical Image Classification Under Task Heterogeneity",
             "Clients that label different diseases teach each other the missing classes through prototypes and pseudo-labels."),

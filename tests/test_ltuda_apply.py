@@ -115,6 +115,14 @@ def test_one_slice_and_a_picture_without_units(home, tmp_path, capsys):
     assert record["milliliters"]["liver"] is None
 
 
+def test_an_official_file_brings_its_reference(tmp_path):
+    belly = abdomen_volume(4, site=2, size=64, depth=6)
+    np.savez(tmp_path / "case_11.npz", belly.volume.transpose(2, 1, 0), belly.labels.transpose(2, 1, 0))
+    written = run(tmp_path, scan="case_11.npz")
+    assert json.loads(written[1].read_text())["dice"]["liver"] > 0.5
+    assert nibabel.load(written[0]).shape == (64, 64, 6)
+
+
 def four_axes(home, folder):
     array = np.repeat(np.asarray(nibabel.load(home / "scan.nii.gz").dataobj)[..., None], 2, 3)
     return save(folder / "series.nii.gz", array, np.eye(4)), "choose one with frame"

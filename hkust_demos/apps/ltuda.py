@@ -58,8 +58,8 @@ def _found(source, upload, reference, numbering, frame, series, seed, site, clas
     if not upload:
         raise ValueError(f"the source is 'my CT', but no file was uploaded: add one, or choose '{SOURCES[0]}'")
     number = lambda value: None if value is None else int(value)
-    found = views.examine_file(upload, frame=number(frame), series=number(series), **chosen)
-    truth = views.read_reference(reference, found["LTUDA"], NUMBERINGS[numbering]) if reference else None
+    found, truth = views.examine_file(upload, frame=number(frame), series=number(series), **chosen)
+    truth = views.read_reference(reference, found["LTUDA"], NUMBERINGS[numbering]) if reference else truth
     return found, truth, safe_name(Path(upload).name.split(".")[0])
 
 # %% ../../nbs/apps/60_ltuda.ipynb #5588a592
@@ -111,11 +111,11 @@ def _view(index=12, level=0, width=650, source=SOURCES[0], upload=None, referenc
 def _inspect(upload=None, frame=None, series=None):
     "A sentence on the uploaded file."
     from hkust_demos.data.belly import hounsfield
-    from hkust_demos.data.scans import read_scan
+    from hkust_demos.data.organ_sets import read_case
     if not upload:
         return ""
     number = lambda value: None if value is None else int(value)
-    scan = hounsfield(read_scan(upload, frame=number(frame), series=number(series)))
+    scan = hounsfield(read_case(upload, frame=number(frame), series=number(series))[0])
     return f"{scan.source}, modality {scan.modality}, {' x '.join(map(str, scan.array.shape))}" + "".join(f"\n\n**{sentence}**" for sentence in scan.warnings)
 
 # %% ../../nbs/apps/60_ltuda.ipynb #dbcc0154

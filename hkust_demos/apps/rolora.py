@@ -15,6 +15,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -157,10 +158,10 @@ def _recipe(model, rotations, w_bits, a_bits, method, source, upload, pasted, to
     folder = str(library.unzip_adapter(adapter, Path(tempfile.mkdtemp()) / safe_name(Path(adapter).stem))) if adapter else None
     return library.Recipe(str(model).strip(), quantization, rotation, text, tokens=int(tokens), adapter=folder, **training)
 
-# %% ../../nbs/apps/50_rolora.ipynb #32b4fd09
-def _table(result, scores: dict[str, float], written: dict[str, str]) -> str:
+# %% ../../nbs/apps/50_rolora.ipynb #cac4f6af
+def _table(result, scores: dict[str, float], written: dict[str, str], bits: str = "") -> str:
     "Perplexities and answers side by side, as an HTML table; what models write is escaped."
-    bits, full = result.report["quantization"], scores["full precision"]
+    bits, full = bits or result.report["quantization"], scores["full precision"]
     names = {"full precision": "full precision, as released", "plain": f"{bits}, no rotation", "RoLoRA": f"<b>{bits}, {result.report['rotation']}</b>"}
     rows = "".join(f"<tr><td>{names[label]}</td><td><b>{value:,.1f}</b></td><td>{value / full:,.1f} ×</td><td>{html.escape(written.get(label, '')) or '(nothing)'}</td></tr>"
                    for label, value in scores.items())
@@ -246,8 +247,8 @@ def _stop() -> str:
 def _set_bits(key="", bits=4, prompt=PROMPT) -> str:
     "The table with other activation bits; weights stay."
     result = _recall(key)
-    scores = result.set_activation_bits(int(bits))
-    return f"<p>Activations with {int(bits)} bits, weights as they are:</p>" + _table(result, scores, _views().compare_answers(result.models, result.tokenizer, prompt or PROMPT))
+    scores, title = result.set_activation_bits(int(bits)), replace(result.recipe.quantization, a_bits=int(bits)).title
+    return f"<p>Activations with {int(bits)} bits, weights as they are:</p>" + _table(result, scores, _views().compare_answers(result.models, result.tokenizer, prompt or PROMPT), title)
 
 
 @user_errors

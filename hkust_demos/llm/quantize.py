@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['fake_quant_activation', 'round_to_grid', 'quantize_weight_rtn', 'gptq_quantize', 'QuantizedLinear', 'QuantConfig',
            'parse_bits', 'quantizable_layers', 'quantize_model', 'set_activation_bits', 'quantized_attention',
-           'set_cache_bits', 'pack_nibbles', 'unpack_nibbles', 'to_levels', 'IntegerLinear', 'memory_report']
+           'set_cache_bits', 'pack_nibbles', 'split_nibbles', 'unpack_nibbles', 'to_levels', 'IntegerLinear',
+           'memory_report']
 
 # %% ../../nbs/llm/08_quantize.ipynb #4343e6d3
 import copy
@@ -324,12 +325,19 @@ def pack_nibbles(
     return (low | (high << 4)).to(torch.uint8)
 
 
+def split_nibbles(
+    packed: Tensor,  # (out, in / 2) uint8
+) -> tuple[Tensor, Tensor]:  # levels of the even and of the odd inputs, (out, in / 2) int8 each
+    "Both halves of every byte, their signs carried down by arithmetic shifts."
+    signed = packed.view(torch.int8)
+    return (signed << 4) >> 4, signed >> 4
+
+
 def unpack_nibbles(
     packed: Tensor,  # (out, in / 2) uint8
 ) -> Tensor:  # (out, in) int8 in -8..7
     "The levels of `pack_nibbles`."
-    pairs = torch.stack([packed & 15, packed >> 4], -1).to(torch.int8).flatten(1)
-    return pairs - 16 * (pairs > 7).to(torch.int8)
+    return torch.stack(split_nibbles(packed), -1).flatten(1)
 
 # %% ../../nbs/llm/08_quantize.ipynb #8f9d5761
 def _check_integers(w_bits: int, a_bits: int) -> None:
@@ -371,8 +379,11 @@ class IntegerLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         "Round the inputs to levels, multiply integers, scale back."
         q, scale = to_levels(inputs.reshape(-1, self.in_features), self.a_bits)
-        levels = unpack_nibbles(self.levels) if self.is_packed else self.levels
-        outputs = torch._int_mm(q, levels.T).to(inputs.dtype) * scale * self.scale
+        if self.is_packed:  # even and odd inputs apart: the halves of a byte are never interleaved again
+            sums = sum(torch._int_mm(q[:, i::2].contiguous(), half.T) for i, half in enumerate(split_nibbles(self.levels)))
+        else:
+            sums = torch._int_mm(q, self.levels.T)
+        outputs = sums.to(inputs.dtype) * scale * self.scale
         return (outputs if self.bias is None else outputs + self.bias).reshape(*inputs.shape[:-1], self.out_features)
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checkpoints import check_free, load_checkpoint, shipped_folder
 from ..data.examples import OpenCollection
-from ..data.organ_sets import open_partial_sets, organ_slices
+from ..data.organ_sets import open_partial_sets, organ_slices, read_case
 from ..data.scans import read_scan
 from ..files import safe_name
 from .ltuda import CLASSIFIERS
@@ -29,7 +29,7 @@ from .ltuda_views import write_example
 # %% ../../nbs/vision/22_ltuda_apply.ipynb #15ef413f
 def add_arguments(parser: ArgumentParser) -> None:
     "Options of `hkust-demos ltuda`."
-    parser.add_argument("scan", help="abdominal CT: DICOM file, folder or zip of a series, NIfTI, NPZ, or a picture without units")
+    parser.add_argument("scan", help="abdominal CT: DICOM file, folder or zip of a series, NIfTI, NPZ (also LTUDA's own, with labels), or a picture without units")
     parser.add_argument("--out", required=True, help="label map to write, .nii or .nii.gz; names and volumes go into a .json of the same name")
     parser.add_argument("--network", choices=list(NETWORKS), default="ltuda", help="what the network was told in training")
     parser.add_argument("--classifier", choices=list(CLASSIFIERS), default="linear", help="linear head, or nearest prototype of the labeled or the unlabeled bank")
@@ -48,8 +48,9 @@ def run_command(
 ) -> list[Path]:  # label map and JSON file
     "Run `hkust-demos ltuda`."
     target, network = check_target(args.out, args.force), load_segmenter(args.network, args.weights)
-    prepared = prepare_scan(read_scan(args.scan, frame=args.frame, series=args.series))
-    truth = None if args.reference is None else reference_labels(read_scan(args.reference), prepared.scan, args.numbering, Path(args.reference).name)
+    scan, truth = read_case(args.scan, frame=args.frame, series=args.series)
+    prepared = prepare_scan(scan)
+    truth = truth if args.reference is None else reference_labels(read_scan(args.reference), prepared.scan, args.numbering, Path(args.reference).name)
     found = segment(prepared, network, args.classifier, threshold=args.threshold, clean=not args.islands)
     for sentence in (*prepared.scan.warnings, *([TEACHING] if args.weights is None else [])):
         print(f"Warning: {sentence}", file=sys.stderr)

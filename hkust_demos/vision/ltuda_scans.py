@@ -29,6 +29,12 @@ from .ltuda_shipped import SIZE
 PIECES = {1: 1, 2: 1, 3: 2, 4: 1}  # organ -> pieces that may remain
 
 
+def _logits(network: PartialSegmenter, x: torch.Tensor, classifier: str) -> torch.Tensor:
+    "Four organs of the linear head, or five classes of a bank."
+    output = network(x)
+    return output.logits if classifier == "linear" else network.bank_logits(output.features, classifier)
+
+# %% ../../nbs/vision/28_ltuda_scans.ipynb #a22bcb15
 def organ_scores(
     network: PartialSegmenter,
     volume: np.ndarray,  # (D, H, W) HU, the square around a body
@@ -41,7 +47,7 @@ def organ_scores(
     if classifier not in CLASSIFIERS or not 0 < threshold < 1:
         raise ValueError(f"classifier is {classifier!r} and threshold {threshold:g}; use one of {', '.join(CLASSIFIERS)}, and a threshold between 0 and 1")
     images = torch.from_numpy((np.clip(volume, -WINDOW, WINDOW) / WINDOW).astype(np.float32))
-    logits = slide(lambda x: network.class_logits(x, classifier), images, window=SIZE)
+    logits = slide(lambda x: _logits(network, x, classifier), images, window=SIZE)
     if classifier == "linear":
         scores = torch.cat([torch.full_like(logits[:1], threshold), logits.sigmoid()])
     else:

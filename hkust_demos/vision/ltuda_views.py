@@ -25,6 +25,7 @@ from ..data.abdomen import ORGANS, SITES, PhantomVolume, abdomen_phantom, abdome
 from ..data.archives import ct_organs
 from ..data.belly import axial_stack, from_square, stack_spacing
 from ..data.grid import Scan
+from ..data.organ_sets import read_case
 from ..data.scans import read_scan
 from ..files import cache_dir
 from .ltuda import cross_set_mix, merge_labels, partial_targets
@@ -235,9 +236,10 @@ def real_case(
 
 # %% ../../nbs/vision/29_ltuda_views.ipynb #8172acb9
 @lru_cache(maxsize=2)
-def _examined(path: str, stamp: int, frame: int | None, series: int | None, classifier: str, threshold: float, clean: bool) -> dict[str, Segmentation]:
-    "What three networks find in a file."
-    return segment_all(prepare_scan(read_scan(path, frame=frame, series=series)), classifier, threshold=threshold, clean=clean)
+def _examined(path: str, stamp: int, frame: int | None, series: int | None, classifier: str, threshold: float, clean: bool):
+    "What three networks find in a file, and the labels that it carries."
+    scan, labels = read_case(path, frame=frame, series=series)
+    return segment_all(prepare_scan(scan), classifier, threshold=threshold, clean=clean), labels
 
 
 def examine_file(
@@ -248,7 +250,7 @@ def examine_file(
     classifier: str = "linear",
     threshold: float = 0.5,
     clean: bool = True,
-) -> dict[str, Segmentation]:
+) -> tuple[dict[str, Segmentation], np.ndarray | None]:  # and labels 0 to 4, if the file carries them
     "What three networks find in a scan."
     stamp = Path(path).stat().st_mtime_ns if Path(path).exists() else 0
     return _examined(str(path), stamp, frame, series, classifier, float(threshold), bool(clean))
