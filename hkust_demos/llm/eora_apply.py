@@ -81,7 +81,8 @@ def best_text() -> str:  # "c4" or "embedded"
 def _web(part: str) -> Corpus:
     "Web text of the archive: 250 documents to calibrate, 50 to evaluate."
     corpus = c4_wiki_text()["c4"]
-    return replace(corpus, documents=corpus.documents[:250] if part == "calibration" else corpus.documents[250:], part=part)
+    documents = corpus.documents[:250] if part == "calibration" else corpus.documents[250:]
+    return replace(corpus, documents=documents, source=f"web text (C4) of {corpus.source}", part=part)
 
 
 def _embedded(part: str) -> Corpus:
