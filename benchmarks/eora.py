@@ -61,8 +61,8 @@ def solves(model, statistics, rank: int) -> dict:
     for one in {id(s): s for s in statistics.values()}.values():
         one._outer = fair(one._outer)
     layers, reference = linear_layers(model), {}
-    times = [timed(lambda: solve_paths(model, compressed, statistics, rank))[0] for _ in range(3)]
-    ours = solve_paths(model, compressed, statistics, rank)
+    times = [timed(lambda: solve_paths(model, compressed, statistics, rank, shrinkage=0))[0] for _ in range(3)]
+    ours = solve_paths(model, compressed, statistics, rank, shrinkage=0)
     published_s, worst = 0.0, dict.fromkeys(("between", "ours", "published"), 0.0)
     for name, layer in layers.items():
         def published():
@@ -75,7 +75,7 @@ def solves(model, statistics, rank: int) -> dict:
         products = {"ours": ours[name].product().double(), "published": reference.product().double()}
         gaps = {who: product - best for who, product in products.items()} | {"between": products["ours"] - products["published"]}
         worst = {who: max(worst[who], (gaps[who].norm() / best.norm()).item()) for who in worst}
-    ours_s = median(times + [timed(lambda: solve_paths(model, compressed, statistics, rank))[0] for _ in range(2)])
+    ours_s = median(times + [timed(lambda: solve_paths(model, compressed, statistics, rank, shrinkage=0))[0] for _ in range(2)])
     return {"layers": len(layers), "rank": rank, "published_s": published_s, "ours_s": ours_s, "speed_up": published_s / ours_s,
             "largest_relative_difference": worst["between"], "ours_to_exact": worst["ours"], "published_to_exact": worst["published"]}
 

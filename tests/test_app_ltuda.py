@@ -79,7 +79,7 @@ def test_the_generated_volume_comes_back_in_time_with_its_files(client):
     scores = table(words)
     assert float(scores["LTUDA"][0]) > 0.8 and len(scores["LTUDA"]) == 5
     image = nibabel.load(next(f for f in written if f.endswith(".nii.gz")))
-    assert image.shape == (128, 128, 24) and set(np.unique(np.asarray(image.dataobj))) == {0, 1, 2, 3, 4}
+    assert image.shape == (128, 128, 24) and {0, 1, 2} <= set(np.unique(np.asarray(image.dataobj))) <= {0, 1, 2, 3, 4}
     record = json.loads(open(next(f for f in written if f.endswith(".json"))).read())
     assert round(record["dice"]["liver"], 2) == float(scores["LTUDA"][0])
 

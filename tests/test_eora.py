@@ -10,7 +10,7 @@ from hkust_demos.data.text import demo_corpora
 from hkust_demos.files import DataNotInstalled
 from hkust_demos.llm import eora
 from hkust_demos.llm.adapters import base_hash
-from hkust_demos.llm.calibration import InputStatistics, collect_input_statistics, linear_layers
+from hkust_demos.llm.calibration import InputStatistics, auto_shrinkage, collect_input_statistics, linear_layers
 from hkust_demos.llm.compress import Compressor, compress_model, prune_sparsegpt, quantize_gptq
 from hkust_demos.llm.eora import (allocate_ranks, compress_and_compensate, layer_error, low_rank_path, output_energy, plain_factors,
                                   predicted_error_curve, solve_paths)
@@ -338,4 +338,31 @@ def test_rows_of_the_fair_test_compare_like_with_like():
     for variant in token_variants():
         for rival in rivals(variant).values():
             own, other = reading_lengths(variant, 0), reading_lengths(rival, 0)
-            assert rival in token_variants() and set(own) <= set(other) and all(n <= other[text] for text, n in own.items()), variant
+            common = set(own) & set(other)
+            assert rival in token_variants() and common and set(own) - common <= {"python"} and all(own[text] <= other[text] for text in common), variant
+
+
+def test_shrinkage_is_on_by_default_and_zero_is_the_published_rule(tiny):
+    model, tokens = tiny
+    statistics = collect_input_statistics(model, tokens)
+    compressed = compress_model(model, statistics, Compressor(bits=2))
+    name, layer = next(iter(linear_layers(model).items()))
+    delta, one = layer.weight.data - compressed.get_submodule(name).weight.data, statistics[name]
+    alpha = auto_shrinkage(one.n_tokens, one.in_features)
+    for given, used in (({}, alpha), ({"shrinkage": 0}, 0.0), ({"shrinkage": 1.0}, 1.0)):
+        close(solve_paths(model, compressed, statistics, 4, **given)[name].product(), low_rank_path(delta, 4, "eora", one.second_moment, shrinkage=used).product(), 1e-4)
+    close(solve_paths(model, compressed, statistics, 4, shrinkage=1.0)[name].product(), solve_paths(model, compressed, statistics, 4, "rms")[name].product(), 1e-4)
+    found = [auto_shrinkage(t, d) for d in (576, 1536) for t in (10, 2_560, 10_240, 131_072)]
+    assert found[:4] == sorted(found[:4], reverse=True) and set(found) <= {0.1, 0.15, 0.225, 0.5} and found[1] < found[5]
+
+
+def test_sums_collected_apart_can_be_joined(tiny):
+    "Parts of a text that were read at different times, as the study does."
+    model, tokens = tiny
+    whole, part = collect_input_statistics(model, tokens), collect_input_statistics(model, tokens[:2])
+    rest = collect_input_statistics(model, tokens[2:])
+    for name, one in {id(s): (n, s) for n, s in part.items()}.values():
+        one.merge(rest[name])
+    for name in whole:
+        close(part[name].second_moment, whole[name].second_moment, 1e-5)
+        assert part[name].n_tokens == whole[name].n_tokens

@@ -86,9 +86,10 @@ def _answer_text(compression: str, answer) -> str:
         model = f"Perplexity of the whole model: **{scores}** (released {about['released']:.1f}), on {about['evaluation_tokens']:,} held-out tokens."
     else:
         model = f"Perplexity was measured at the ranks {', '.join(map(str, MEASURED))}."
+    few = "" if about["tokens"] >= 10 * about["widest"] else f", which is little for inputs of {about['widest']:,} features: a run of yours with more text brings EoRA further ahead"
     return (f"**{compression}, {_place(answer.name)}**: of the output error, SVD leaves {left['SVD']:.2f}, RMS {left['RMS']:.2f}, "
             f"**EoRA {left['EoRA']:.2f}** on held-out text (on its own calibration text {left['EoRA, predicted']:.2f}). "
-            f"All paths: {answer.megabytes:.1f} MB. {model} Calibrated on {about['tokens']:,} tokens.")
+            f"All paths: {answer.megabytes:.1f} MB. {model} Calibrated on {about['tokens']:,} tokens{few}.")
 
 # %% ../../nbs/apps/10_eora.ipynb #8093952d
 def _tokens_note(tokens: int = 16_384) -> str:

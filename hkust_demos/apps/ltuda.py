@@ -136,7 +136,7 @@ def _finished() -> list:
     tiles = gr.HTML(example["tiles"], elem_id="finished", label="A slice, three networks, and the mixing box")
     words = gr.Markdown(example["words"], label="Dice of each organ")
     gr.Markdown("Every network has the same layers and saw the same forty "
-                "slices, each with *one* labeled organ; only what it was told about the other three differs. " + LIMIT)
+                "slices, each with *one* labeled organ; what it was told about the other three differs. A step with mixing sees three views, so LTUDA took fewer steps than the two others for the same number of views; read its scores with that in mind. " + LIMIT)
     return [tiles, words]
 
 # %% ../../nbs/apps/60_ltuda.ipynb #28c30f43

@@ -135,7 +135,7 @@ def _own_row(stored, round_index: int, x: float, y: float, side: float) -> list[
     "One slice of each client with its mask as FedIA has it in this round, and what the server believes."
     arrays, clients = stored.arrays, stored.about["clients"]
     now, given, truth = _masks(stored, "fedia masks", round_index), _masks(stored, "own given"), _masks(stored, "own truth")
-    parts = [_text(x, y - 12, "Training slices: drawn (blue), added by FedIA (green right, orange wrong), still missing (white outline)", weight=700)]
+    parts = [_text(x, y - 12, "Training slices: blue drawn, green rightly added, orange wrongly; outline: missing", weight=700)]
     for k, client in enumerate(clients):
         at, place = int(np.flatnonzero(arrays["owner"] == k)[0]), x + k * (side + 8)
         parts += [_picture(place, y, side, painted(arrays["own"][at], given[at], now[at], truth[at])), _text(place, y + side + 16, client, size=12)]

@@ -125,8 +125,8 @@ def auto_shrinkage(
     n_tokens: int,  # T
     in_features: int,  # d
 ) -> float:  # alpha
-    "The share of C that is noise, roughly: d / T, at most a half."
-    return min(0.5, in_features / max(n_tokens, 1))
+    "The share of C that is noise, roughly: d / T, at least a tenth and at most a half."
+    return min(max(in_features / max(n_tokens, 1), 0.1), 0.5)
 
 # %% ../../nbs/llm/01_calibration.ipynb #57c0c285
 def linear_layers(

@@ -81,7 +81,8 @@ def best_text() -> str:  # "c4" or "embedded"
 def _web(part: str) -> Corpus:
     "Web text of the archive: 250 documents to calibrate, 50 to evaluate."
     corpus = c4_wiki_text()["c4"]
-    return replace(corpus, documents=corpus.documents[:250] if part == "calibration" else corpus.documents[250:], part=part)
+    documents = corpus.documents[:250] if part == "calibration" else corpus.documents[250:]
+    return replace(corpus, documents=documents, source=f"web text (C4) of {corpus.source}", part=part)
 
 
 def _embedded(part: str) -> Corpus:
@@ -91,10 +92,11 @@ def _embedded(part: str) -> Corpus:
 
 # %% ../../nbs/llm/12_eora_apply.ipynb #8cef8546
 def calibration_corpora(
-    calibration: str,  # "c4", "embedded", "python", "elements" or a file
+    calibration: str,  # "best", "c4", "embedded", "python", "elements" or a file
     field: str | None = None,  # text field of a .jsonl
 ) -> tuple[Corpus, Corpus]:  # to calibrate, to evaluate
     "Two texts that do not overlap."
+    calibration = best_text() if calibration == "best" else calibration
     makers = {"python": python_reference, "elements": element_descriptions, "embedded": _embedded, "c4": _web}
     if calibration in makers:
         return makers[calibration]("calibration"), makers[calibration]("evaluation")
@@ -149,17 +151,18 @@ def run_recipe(
     extra_ranks: tuple[int, ...] = (),  # also measure perplexity at these
     solve_rank: int = 0,  # solve up to this rank, to slice from later
     loaded: tuple | None = None,  # (model, tokenizer) if they are at hand
+    statistics: dict[str, InputStatistics] | None = None,  # of the same model and text, if they are at hand
 ) -> Iterator[Progress]:  # the last one carries the result
     "Compress and compensate, step by step."
     yield Progress(0.0, f"loading {recipe.model}")
     recipe = replace(recipe, calibration=best_text()) if recipe.calibration == "best" else recipe
     corpora = calibration_corpora(recipe.calibration, recipe.field)
     model, tokenizer = loaded or load_llm(recipe.model)
-    rows, statistics = calibration_rows(corpora[0], tokenizer, recipe.tokens), {}
+    rows = calibration_rows(corpora[0], tokenizer, recipe.tokens)
     _check_rank(model, recipe)
     check_adaptable(model, linear_layers(model))
     begun = time.monotonic()
-    for done, total, statistics in stream_input_statistics(model, rows):
+    for done, total, statistics in () if statistics else stream_input_statistics(model, rows):
         left = duration((total - done) * (time.monotonic() - begun) / done)
         yield Progress(0.3 * done / total, f"reading calibration text, row {done} of {total}, {left} to go", statistics)
     yield Progress(0.3, f"compressing with {recipe.compressor.title}", statistics)

@@ -164,7 +164,7 @@ def _run_option(laboratory: Laboratory, compression: str, options: list[str], se
         paths = _truncate(laboratory.paths(compression, "eora", "elements"), rank)
     elif options[-1] == "sequential":
         paths = compress_and_compensate(laboratory.model, laboratory.statistics("all"), COMPRESSIONS[compression], rank,
-                                        sequential=True, batches=laboratory.text(seed)).paths
+                                        sequential=True, batches=laboratory.text(seed), shrinkage=0).paths
     else:
         paths = _within_budget(laboratory, laboratory.paths(compression, "eora", seed), seed, 1e6 * _megabytes(plain))
     return _evaluate_paths(laboratory, compression, paths, baseline=key)

@@ -58,7 +58,7 @@ def token_variants() -> list[str]:
     names += [v for size in SIZES for v in _block("c4", size, "wanda-2:4", rules[:-1])]
     names += [v for c in CORE for v in _block("python", 32_768, c, rules[:-1])]
     names += [v for c in CORE for v in _block("c4", SIZES[-1], c, ["svd/r128", "rms/r128", "eora/r128"])]
-    names += [v for c in MORE for v in _block("c4", SIZES[-1], c, ["none", "svd", "rms", "eora"])]
+    names += [v for c in MORE for v in _block("c4", SIZES[-1], c, ["none", "svd", "rms", "eora", "eora-auto"])]
     return names + [v for text in ("mixed", "other") for size in SIZES[:2] for c in hard
                     for v in _block(text, size, c, ["rms", "eora", "eora-auto", "eora-50"])]
 
@@ -216,13 +216,13 @@ def reading_lengths(
     compression, rule, *rank = rest
     first, second = ("python", "elements") if text == "python" else ("c4", "wikipedia")
     is_main = rule in ("svd", "rms", "eora", "eora-auto") and rank == ["r64"] and compression in CORE and text in ("c4", "python")
-    if quick or draw or rule in ("act", "eora-50") and text == "c4" or compression in MORE:
+    if quick or draw or rule in ("act", "eora-50") and text in ("c4", "python") or compression in MORE:
         return {first: ROW if quick else 2048}
     if not is_main:
         return {first: 2048, second: 2048} | ({"python": 2048} if text in ("mixed", "other") else {})
     if text == "c4" and int(tokens) in SIZES[::3] and compression in list(CORE)[:2]:
         return {"c4": 4096, "wikipedia": 2048, "python": 2048} if rule == "eora-auto" else {"c4": 8192, "wikipedia": 4096, "python": 2048}
-    return {first: 4096, second: 2048}
+    return {first: 4096 if text == "c4" else 2048, second: 2048}
 
 # %% ../../nbs/llm/16_eora_tokens.ipynb #37ef76d6
 def _read_losses(laboratory: TokenLaboratory, variant: str, draw: int) -> dict[str, Tensor]:

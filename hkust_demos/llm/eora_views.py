@@ -81,7 +81,7 @@ def compare_prompt(
     return table, {label: (kl_divergence(found["released"], p), written[label]) for label, p in found.items()}
 
 # %% ../../nbs/llm/13_eora_views.ipynb #fd528869
-TEXT = dict(calibration="python", tokens=32_768)  # all that the Python reference has to calibrate on
+TEXT = dict(calibration="python", tokens=2_560)  # little, so that an example is quickly made; its words say so
 EXAMPLES = {"Wanda 2:4": Recipe(**TEXT), "SparseGPT 2:4": Recipe(pruning="sparsegpt", **TEXT), "GPTQ 3 bits": Recipe(bits=3, sparsity=None, **TEXT)}
 HELD_OUT = 2048  # tokens that the shares are measured on
 
@@ -105,13 +105,15 @@ def make_example(
     recipes: dict[str, Recipe] = EXAMPLES,  # title -> recipe
     measured: tuple[int, ...] = MEASURED,  # ranks at which perplexity is measured; () measures nothing
 ) -> Example:
-    "Run every recipe and keep what the app shows first."
-    parts, perplexity, megabytes = [], [], []
+    "Run every recipe and keep what the app shows first; a text is read once."
+    text_of = lambda recipe: (recipe.calibration, recipe.tokens)
+    parts, perplexity, megabytes, statistics = [], [], [], {}
     for recipe in recipes.values():
         text = calibration_rows(calibration_corpora(recipe.calibration)[1], tokenizer, HELD_OUT)
         for step in run_recipe(recipe, methods=("svd", "rms", "eora"), solve_rank=max(RANKS), extra_ranks=measured,
-                               evaluation_tokens=1024 if measured else 0, loaded=(model, tokenizer)):
+                               evaluation_tokens=1024 if measured else 0, loaded=(model, tokenizer), statistics=statistics.get(text_of(recipe))):
             result = step.result
+        statistics[text_of(recipe)] = result.statistics
         begun = time.process_time()
         held_out, read_s = collect_input_statistics(model, text), time.process_time() - begun
         parts.append(held_out_shares(result, held_out))

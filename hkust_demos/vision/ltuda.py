@@ -382,7 +382,7 @@ class Recipe:
 RECIPES = {
     "background": Recipe("background"), "ignore": Recipe(), "ignore+mix": Recipe(mixed=2), "pseudo": Recipe(pseudo=True),
     "cda": Recipe(pseudo=True, mixed=2), "pda": Recipe(pseudo=True, mixed=2, trusted=False, prototypes=True),
-    "stable": Recipe(pseudo=True, mixed=2, prototypes=True, banks="kmeans", assign="argmax", momentum=0.95, only_right=False),
+    "stable": Recipe(pseudo=True, mixed=2, prototypes=True, banks="kmeans", assign="argmax"),
     "full": Recipe("full"), "full+mix": Recipe("full", mixed=2)}
 
 # %% ../../nbs/vision/20_ltuda.ipynb #642004d1

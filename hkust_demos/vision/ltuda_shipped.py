@@ -35,8 +35,8 @@ def train_networks(
     train: tuple[Tensor, Tensor, Tensor],  # images (N, 1, H, W) in [-1, 1], labels (N, H, W), task_ids (N,)
     names: tuple[str, ...] = tuple(NETWORKS),
     *,
-    first: int = 120,  # steps of three views
-    second: int = 80,
+    first: int = 300,  # steps of three views
+    second: int = 200,
     seed: int = 0,
     checkpoints: str | Path | None = None,  # folder: each stage is kept there, and a killed training goes on
     progress: Callable[[float, str], None] | None = None,  # called with the share done and a word

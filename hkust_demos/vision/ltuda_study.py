@@ -47,7 +47,8 @@ def _pda(method: str = "pda", steps: int = SECOND, **changes) -> Plan:
 
 PLANS = {
     **{name: Plan(name) for name in ("background", "ignore", "pseudo", "ignore+mix", "cda", "full", "full+mix")},
-    **{f"{name} x3": Plan(name, 3 * FIRST) for name in ("ignore", "pseudo", "full")},
+    **{f"{name} x3": Plan(name, 3 * FIRST) for name in ("ignore", "pseudo", "full", "cda")},
+    **{f"{name} x9": Plan(name, 9 * FIRST) for name in ("ignore", "full")},
     "cda cross": Plan("cda", changes={"cross_site": True}),
     **{f"{name} from 0": Plan(name, changes={"prior": 0.0}) for name in ("ignore", "cda", "full")},
     **{f"{name} longer": Plan(name, SECOND, name) for name in ("ignore+mix", "cda", "full+mix")},
@@ -58,7 +59,7 @@ WHY = {
     "kmeans": _pda(banks="kmeans"), "argmax": _pda(assign="argmax"), "all pixels": _pda(only_right=False), "trusted": _pda(trusted=True),
     "gamma .95": _pda(momentum=0.95), "balanced": _pda(balanced=True), "weight 1": _pda(weight=1.0),
     "stable, random banks": _pda("stable", banks="random"), "stable, M=1": _pda("stable", num_prototypes=1),
-    "stable, only right": _pda("stable", only_right=True), "stable, balanced": _pda("stable", balanced=True)}
+    "stable, all pixels": _pda("stable", only_right=False), "stable, all pixels, gamma .95": _pda("stable", only_right=False, momentum=0.95)}
 PLANS.update({f"why {name}": plan for name, plan in WHY.items()})
 PLANS.update({"cda long": Plan("cda", LONG, "cda"), "long pda": _pda(steps=LONG), "long stable": _pda("stable", LONG)})
 
