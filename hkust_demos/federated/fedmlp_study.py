@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NO_TAGS', 'RIVALS', 'FORMS', 'BOUNDS', 'ROWS', 'SHORT', 'CHEST_RUN', 'EYE_RUN', 'PLACES', 'ALL', 'VARIANTS', 'NEEDS',
-           'WORDS', 'LAST', 'MOST', 'QUICK', 'METRICS', 'SEEN', 'SHOWN', 'PANELS', 'baselines', 'setting', 'judge',
-           'scores', 'tag_scores', 'hidden_positives', 'run', 'picture', 'build_study']
+           'WORDS', 'LAST', 'MOST', 'QUICK', 'METRICS', 'SEEN', 'SHOWN', 'PANELS', 'PLACE_WORDS', 'FRONT', 'BESIDE',
+           'baselines', 'setting', 'judge', 'scores', 'tag_scores', 'hidden_positives', 'run', 'picture', 'build_study',
+           'evidence', 'verdict']
 
 # %% ../../nbs/federated/31_fedmlp_study.ipynb #6b1fcf01
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..data.thorax import FINDINGS
+from ..evidence import markdown_rows, mean_and_spread, paired
 from . import engine
 from .engine import RoundReport, forward
 from .fedmlp import client_app, make_strategy, partial_bce
@@ -224,3 +226,44 @@ def build_study(quick: bool = False) -> Study:
     names = [f"one/{row}" for row in ("fedavg/negative", "fedavg/partial", "consistency", "fedmlp/paper", "fedmlp", "oracle")] if quick else list(VARIANTS)
     pairs = {name: other for name, other in baselines().items() if name in names and other in names}
     return Study("fedmlp", names, METRICS, run, baseline=pairs, picture=picture, needs={} if quick else NEEDS)
+
+# %% ../../nbs/federated/31_fedmlp_study.ipynb #bf079695
+PLACE_WORDS = {"one": "Painted thoraxes, each client labels one finding", "two": "Painted thoraxes, two findings a client",
+               "chest": "Chest X-rays (frozen features), one finding a client", "chest2": "Chest X-rays, two findings a client",
+               "odir": "Eyes (frozen features), one finding a client", "odir2": "Eyes, two findings a client"}
+FRONT = {"map": "mean average precision", "auc": "macro-AUC", "balanced": "balanced accuracy", "precision_positive": "positive tags that are right"}
+
+BESIDE = """Each client labels one finding or two and knows nothing about the others; one network learns all. Scores in percent on a common test whose labels are
+complete, the mean of the last rounds: higher is better. The last column is the precision of the positive pseudo-labels (tags) that FedMLP gives. ± is the
+standard deviation over seeds."""
+
+# %% ../../nbs/federated/31_fedmlp_study.ipynb #5ee703df
+def evidence(
+    table: pd.DataFrame,  # of the study
+) -> str:
+    "Scores in percent, one table a place."
+    parts = [BESIDE]
+    for place, title in PLACE_WORDS.items():
+        runs = {row: table[table.variant == f"{place}/{row}"] for row in ROWS}
+        rows = [[WORDS[row], *(mean_and_spread(100 * one[m]) for m in FRONT)] for row, one in runs.items() if len(one)]
+        if rows:
+            parts.append(f"**{title}**\n\n{markdown_rows(['training', *FRONT.values()], rows)}")
+    return "\n\n".join(parts)
+
+# %% ../../nbs/federated/31_fedmlp_study.ipynb #503aa91b
+def _gain(table: pd.DataFrame, place: str, row: str, other: str) -> str:
+    "Difference of mean average precision on the same seeds, in points."
+    mine, theirs = (100 * table[table.variant == f"{place}/{name}"].set_index("seed")["map"] for name in (row, other))
+    return mean_and_spread((mine - theirs).dropna())
+
+
+def verdict(
+    table: pd.DataFrame,
+) -> tuple[str, str]:  # what was measured on what, where it does not hold
+    "Two sentences: the method over plain averaging, place by place, and over its first stage alone."
+    run = [place for place in PLACE_WORDS if (table.variant == f"{place}/fedmlp").any()]
+    gains = "; ".join(f"{PLACE_WORDS[p].lower()}: {_gain(table, p, 'fedmlp', 'fedavg/partial')}" for p in run)
+    forms = "; ".join(f"{PLACE_WORDS[p].lower()}: {_gain(table, p, 'fedmlp', 'consistency')}" for p in run)
+    return (f"Mean average precision over averaging of the labeled entries, in points, {table.seed.nunique()} seeds at most ({gains}).",
+            f"Over consistency with the incoming model alone, which needs no tags: {forms}; published form with plain cosines: "
+            + "; ".join(_gain(table, p, "fedmlp/paper", "fedavg/partial") for p in run) + ".")
