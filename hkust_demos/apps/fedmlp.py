@@ -203,7 +203,8 @@ def _predict(source="a test picture", upload=None, number=7, kept=None):
 @user_errors
 def _download(kept=None):
     "Weights, report, history and pictures, as a zip."
-    variant = next((name for name in ("fedmlp", "paper") if name in _kept(kept).tracks), [*kept.tracks][-1])
+    tracks = _kept(kept).tracks
+    variant = next((name for name in ("fedmlp", "paper") if name in tracks), [*tracks][-1])
     home = Path(tempfile.mkdtemp())
     _library("commands").write_run(home / "run", kept, variant, command="the app")
     archive = write_zip(home / "run", home / "fedmlp-run.zip")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_TAGS', 'RIVALS', 'FORMS', 'BOUNDS', 'ROWS', 'SHORT', 'CHEST_RUN', 'EYE_RUN', 'PLACES', 'ALL', 'VARIANTS', 'NEEDS',
-           'WORDS', 'LAST', 'MOST', 'QUICK', 'METRICS', 'SHOWN', 'PANELS', 'PLACE_WORDS', 'FRONT', 'BESIDE',
+           'WORDS', 'LAST', 'MOST', 'QUICK', 'METRICS', 'SEEN', 'SHOWN', 'PANELS', 'PLACE_WORDS', 'FRONT', 'BESIDE',
            'baselines', 'setting', 'judge', 'scores', 'tag_scores', 'hidden_positives', 'run', 'picture', 'build_study',
            'evidence', 'verdict']
 
@@ -48,7 +48,7 @@ CHEST_RUN, EYE_RUN = {"lr": 1e-3, "network": "features"}, {"lr": 1e-3, "network"
 PLACES = {"one": ("", 1, {}), "two": ("", 2, {}), "chest": ("nih-chestxray14", 1, CHEST_RUN), "chest2": ("nih-chestxray14", 2, CHEST_RUN),
           "odir": ("odir5k", 1, EYE_RUN), "odir2": ("odir5k", 2, EYE_RUN)}  # set, findings a client labels, changes
 ALL = (*SHORT, *(row for row in ROWS if row not in SHORT))  # what answers the main questions first
-VARIANTS = {f"{place}/{row}": ROWS[row] for place in PLACES for row in (ALL if place in ("one", "chest") else SHORT) if place == "one" or row != "fedmlp/two-views"}
+VARIANTS = {f"{place}/{row}": ROWS[row] for place in PLACES for row in (ALL if place == "one" else SHORT)}
 NEEDS = {f"{place}/": name for place, (name, _, _) in PLACES.items() if name}
 
 
@@ -188,11 +188,11 @@ def _asked(models: Sequence, here: Federation) -> Tensor:
     weight = torch.from_numpy(here.annotated).float()[:, None]
     return torch.logit((said * weight).sum(0) / weight.sum(0), 1e-6)
 
-# %% ../../nbs/federated/31_fedmlp_study.ipynb #56bc8851
-SHOWN = {"one/fedavg/partial+la": "logit adjustment\nover labeled entries alone", "one/consistency": "consistency\nover labeled entries alone",
-         "one/fedmlp/paper": "FedMLP as published\nover consistency", "one/fedmlp": "FedMLP, centered\nover consistency",
-         "one/fedmlp+la": "FedMLP, centered, adjusted\nover consistency", "two/fedmlp": "two findings a client:\nFedMLP, centered, over consistency"}
-PANELS = {"map": "mean average precision", "balanced": "balanced accuracy"}
+# %% ../../nbs/federated/31_fedmlp_study.ipynb #74b1ea99
+SEEN = {"fedavg/partial+la": "logit adjustment over labeled only", "consistency": "consistency over labeled only", "fedmlp/paper": "FedMLP as published over consistency",
+        "fedmlp": "FedMLP, centered, over consistency"}
+SHOWN = {f"{place}/{row}": f"{name}: {words}" for place, name in (("one", "painted"), ("chest", "chest"), ("odir", "eyes")) for row, words in SEEN.items()}
+PANELS = {"auc": "mean area under the curve", "balanced": "balanced accuracy"}
 
 
 def picture(table: pd.DataFrame) -> Figure | None:
@@ -202,7 +202,7 @@ def picture(table: pd.DataFrame) -> Figure | None:
         return None
     values = table.set_index(["variant", "seed"])
     with house_style() as tone:
-        figure = Figure(figsize=(8.6, 0.9 + 0.5 * len(pairs)), layout="constrained")
+        figure = Figure(figsize=(9.6, 0.9 + 0.36 * len(pairs)), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for panel, metric in zip(panels, PANELS):
             _dots(panel, values, pairs, metric, tone["ink"])

@@ -230,15 +230,20 @@ def _round_again(laboratory: Laboratory, model, recipe: str, weights: str, seed:
     return result
 
 # %% ../../nbs/llm/22_rolora_study.ipynb #ae024a1c
+def _formats(laboratory: Laboratory, recipe: str) -> list[str]:
+    "Formats in which a recipe is asked; the quick form keeps its own."
+    return [bits for bits in RECIPES[recipe] if not laboratory.quick or f"tune/{recipe}/{bits}" in QUICK]
+
+
 def _ask(laboratory: Laboratory, recipe: str, seed: int) -> None:
     "Answers of a recipe in all its formats."
-    model = _tuned(laboratory, recipe, seed)
-    for weights in dict.fromkeys(map(_weights, RECIPES[recipe])):
+    model, formats = _tuned(laboratory, recipe, seed), _formats(laboratory, recipe)
+    for weights in dict.fromkeys(map(_weights, formats)):
         if weights.endswith("gptq") or weights == "w16":
             quantized = quantize_model(model, _config(weights), laboratory.calibration[: len(laboratory.calibration) // 2])
         else:
             quantized = _round_again(laboratory, model, recipe, weights, seed)
-        for bits in (b for b in RECIPES[recipe] if _weights(b) == weights):
+        for bits in (b for b in formats if _weights(b) == weights):
             set_activation_bits(quantized, parse_bits(bits.removesuffix("-gptq"))["a_bits"])
             laboratory.answers[recipe, bits, seed] = choice_accuracy(quantized, laboratory.tokenizer, laboratory.items)
 
@@ -254,7 +259,7 @@ def _gain(right: Tensor, rival: Tensor, n_resamples: int = 2000) -> dict[str, fl
 def _run_tune(laboratory: Laboratory, recipe: str, bits: str, seed: int) -> dict[str, float]:
     "Accuracy on held-out provinces, its loss, and the gain over the recipe before it."
     asked = {recipe, RIVALS.get(recipe, recipe)}
-    asked = {(r, 0 if r == "none" else seed) for r in asked if bits in RECIPES[r]}
+    asked = {(r, 0 if r == "none" else seed) for r in asked if bits in _formats(laboratory, r)}
     for r, s in asked:
         if (r, bits, s) not in laboratory.answers:
             _ask(laboratory, r, s)
