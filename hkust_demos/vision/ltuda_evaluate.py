@@ -9,6 +9,7 @@ __all__ = ['test_names', 'dice_table', 'hd95_table', 'organ_means', 'largest_pie
 import warnings
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.inferers import SliceInferer
@@ -82,7 +83,7 @@ def largest_pieces(
     cleaned = []
     for one in labels:
         for keep in keepers:
-            one = torch.as_tensor(keep(one[None]))[0]
+            one = torch.from_numpy(np.array(keep(one[None].clone())))[0]  # MONAI works in place and returns a type of its own
         cleaned.append(one)
     return torch.stack(cleaned).to(labels.dtype)
 
