@@ -56,7 +56,7 @@ _VISION = [
             "Learners pushed apart on purpose disagree where a scan is abnormal, and their disagreement makes the map.", ready=True),
     _method("ltuda", "LTUDA", "vision/20_ltuda", 2024, "arXiv", "https://arxiv.org/abs/2409.03228",
             "Labeled-to-Unlabeled Distribution Alignment for Partially-Supervised Multi-Organ Medical Image Segmentation",
-            "One network learns all organs from data sets that label a few each, by aligning labeled and unlabeled pixels."),
+            "One network learns all organs from data sets that label a few each, by aligning labeled and unlabeled pixels.", ready=True),
     _method("vip", "ViP", "vision/30_vip", 2024, "MICCAI", "https://arxiv.org/abs/2409.00341",
             "Aligning Medical Images with General Knowledge from Large Language Models",
             "Visual symptoms, written by a language model, serve as prompts that help CLIP to name a disease."),

@@ -43,7 +43,7 @@ def test_every_option_of_eora_has_a_help_and_a_default(capsys):
     with pytest.raises(SystemExit):
         cli.main(["eora", "--help"])
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "(default: 64)" in text and "(default: 2560)" in text and "--budget-mb" in text
+    assert "(default: 64)" in text and "(default: 16384)" in text and "--budget-mb" in text
 
 
 @pytest.mark.parametrize("arguments, sentence", [

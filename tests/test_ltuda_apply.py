@@ -239,6 +239,8 @@ def test_the_labels_of_a_finer_grid_are_those_of_the_square():
 def test_uncertainty_is_a_bit_at_most_and_lies_where_networks_waver():
     found = segment(prepare_scan(abdomen_volume(4, site=2, size=64, depth=4).scan()), load_segmenter("ltuda"))
     doubt = found.uncertainty()
+    p = found.scores[1:].clip(1e-7, 1 - 1e-7).astype(np.float64)
+    assert np.allclose(doubt, (-p * np.log2(p) - (1 - p) * np.log2(1 - p)).max(0), atol=1e-3)
     sure = np.abs(found.scores[1:] - 0.5).min(0) > 0.499
     assert doubt.shape == (4, SIZE, SIZE) and 0 <= doubt.min() and 0.5 < doubt.max() <= 1 and sure.any() and doubt[sure].max() < 0.1
 
