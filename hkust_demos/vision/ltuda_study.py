@@ -192,7 +192,7 @@ def verdict(
     runs = {name: 100 * table[table.variant == f"phantom/{name}/linear"].set_index("seed").dice for name in PLANS}
     cda, ignore, pseudo, full, mixed = (f"{runs[name].mean():.0f} %" for name in ("cda", "ignore x3", "pseudo x3", "full x3", "ignore+mix"))
     released, stable = (mean_and_spread((runs[name] - runs["cda longer"]).dropna()) for name in ("pda", "stable"))
-    return (f"Generated bellies, {len(runs['cda'])} seeds, mean Dice at equal views: cross-set mixing with pseudo-labels {cda}, partial labels alone {ignore}, "
+    return (f"Generated bellies, {len(runs['ignore x3'])} to {len(runs['cda'])} seeds, mean Dice at equal views: cross-set mixing with pseudo-labels {cda}, partial labels alone {ignore}, "
             f"pseudo-labels alone {pseudo}, full supervision {full}.",
             f"Mixing the partial labels without pseudo-labels reaches {mixed}; prototypes add {released} points to equally long mixing as released, "
             f"{stable} in the stable form. Small pictures, short training.")
