@@ -298,7 +298,7 @@ def _at(one: pd.DataFrame, text: str, length: str) -> pd.Series:
     "Perplexity of a row's first 2,048 or 4,096 unseen tokens, or of all; nothing where it read fewer."
     whole, first = one[f"ppl_{text}"], [f"first_{text}_{n}" for n in (2048, 4096)]
     stopped = pd.concat([one[c] == whole for c in first if c in one], axis=1).any(axis=1) if first[0] in one else whole.isna()
-    return (whole[~stopped] if length == "all" else one.get(f"first_{text}_{length}", whole)).dropna()
+    return (whole[~stopped] if length == "all" else one.get(f"first_{text}_{length}", pd.Series(dtype=float))).dropna()
 
 # %% ../../nbs/llm/11_eora_study.ipynb #e0a51de7
 COMPARED = ("svd/r64", "rms/r64", "eora/r64", "eora-auto/r64")
