@@ -18,9 +18,7 @@ import argparse
 import copy
 import json
 import os
-import time
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch.func import functional_call, grad, stack_module_state, vmap
@@ -32,21 +30,7 @@ from hkust_demos.vision.d2ue_ensembles import SHAPE, load_ensemble
 from hkust_demos.vision.lean import lean
 from hkust_demos.vision.uncertainty import _combine, _learner_maps, _spread, dual_space_uncertainty
 
-
-def race(slow, fast, rounds: int) -> tuple[dict, object, object]:
-    "(seconds and ratios, result of slow, result of fast); both take turns after a round that is not counted."
-    seconds, cpu, results = [], [], (slow(), fast())
-    for _ in range(rounds):
-        marks = [(time.perf_counter(), time.process_time())]
-        for action in (slow, fast):
-            action()
-            marks.append((time.perf_counter(), time.process_time()))
-        for kept, column in ((seconds, 0), (cpu, 1)):
-            kept.append([after[column] - before[column] for before, after in zip(marks, marks[1:])])
-    best, best_cpu = ([min(column) for column in zip(*kept)] for kept in (seconds, cpu))
-    ratios = [one / other for one, other in seconds]
-    return {"slow_s": best[0], "fast_s": best[1], "ratio": best[0] / best[1], "ratio_cpu_time": best_cpu[0] / best_cpu[1],
-            "ratio_rounds": {"slowest": min(ratios), "median": median(ratios)}}, *results
+from _timing import race
 
 
 def released_dual(learners, image: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,6 @@ import json
 import os
 import time
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -25,22 +24,7 @@ from hkust_demos.vision import ltuda
 from hkust_demos.vision.ltuda import RECIPES, PrototypeBank, make_views, slow_prototype_step, small_segmenter, view_losses, window_hu
 from hkust_demos.vision.ltuda_evaluate import slide
 
-
-def race(slow, fast, rounds: int) -> dict:
-    "Seconds and ratios; both take turns after a round that is not counted."
-    seconds, cpu = [], []
-    slow(), fast()
-    for _ in range(rounds):
-        marks = [(time.perf_counter(), time.process_time())]
-        for action in (slow, fast):
-            action()
-            marks.append((time.perf_counter(), time.process_time()))
-        for kept, column in ((seconds, 0), (cpu, 1)):
-            kept.append([after[column] - before[column] for before, after in zip(marks, marks[1:])])
-    best, best_cpu = ([min(column) for column in zip(*kept)] for kept in (seconds, cpu))
-    ratios = [one / other for one, other in seconds]
-    return {"slow_s": best[0], "fast_s": best[1], "ratio": best[0] / best[1], "ratio_cpu_time": best_cpu[0] / best_cpu[1],
-            "ratio_rounds": {"slowest": min(ratios), "median": median(ratios)}}
+from _timing import race
 
 
 def loop_update(bank: PrototypeBank, e: torch.Tensor, target: torch.Tensor, assign: str = "argmax", predicted=None, **_) -> torch.Tensor:
@@ -68,7 +52,7 @@ def main() -> None:
     record = {"threads": torch.get_num_threads(), "load_before": os.getloadavg()[0]}
 
     def report(name: str, words: str, slow, fast) -> None:
-        record[name] = f = race(slow, fast, args.rounds)
+        record[name] = f = race(slow, fast, args.rounds)[0]
         print(f"{words}: {f['slow_s'] * 1000:.1f} and {f['fast_s'] * 1000:.1f} ms, {f['ratio']:.2f}x (CPU time {f['ratio_cpu_time']:.2f}x; single rounds "
               f"{f['ratio_rounds']['slowest']:.2f}x at least, {f['ratio_rounds']['median']:.2f}x in the middle)", flush=True)
 

@@ -1,30 +1,25 @@
 "The FedIA app as a program and a person see it."
 import json
 import re
-import time
 import zipfile
 
 import numpy as np
 import pytest
-from gradio_client import Client, handle_file
+from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
 from hkust_demos.apps.fedia import LIVE_KNOBS
+from federated_pages import chart, empty_boxes, ends_on_a_phone, new_page, stop_in_round, watched_page
 
 SETTINGS = dict(data="painted lesions", upload=None, clients=2, missing=0.8, images=4, few=2, rounds=3, epochs=1, warmup=2, correct_at=3, threshold=0.5, temperature=1.0, seed=0)
 VARIANTS = ["FedAvg", "FedIA"]
 
 
-def new_page(hub):
-    "A page of its own, patient while the server imports."
-    return Client(f"{hub.url}/fedia/", verbose=False, httpx_kwargs={"timeout": 120})
-
-
 @pytest.fixture(scope="module")
 def client(hub):
     "A page of the running app."
-    return new_page(hub)
+    return new_page(hub, "fedia")
 
 
 def run(client, variants=VARIANTS, **changed):
@@ -51,11 +46,6 @@ def own_zip(tmp_path_factory):
                     with archive.open(f"{name}/{side}/{i}.png", "w") as file:
                         Image.fromarray(values).save(file, "PNG")
     return path
-
-
-def chart(figure):
-    "A plotly figure as it travels."
-    return json.loads(figure["plot"])
 
 
 def test_endpoints_have_names_and_parameters_defaults(client):
@@ -95,7 +85,7 @@ def test_the_files_of_a_run(client, trained):
 
 
 def test_an_own_zip_is_federated(hub, own_zip):
-    page = new_page(hub)
+    page = new_page(hub, "fedia")
     _, table, _, belief, *_ = run(page, ["FedAvg", "FedIA"], data="my own zip", upload=handle_file(own_zip))
     assert "no client called test" in table and [bar["name"] for bar in chart(belief)["data"]] == ["seen"] and chart(belief)["data"][0]["x"] == ["north", "south"]
     with pytest.raises(AppError, match="nobody knows those of your own slices"):
@@ -103,7 +93,7 @@ def test_an_own_zip_is_federated(hub, own_zip):
 
 
 def test_a_page_keeps_its_run_to_itself(hub, trained):
-    other = new_page(hub)
+    other = new_page(hub, "fedia")
     for endpoint, values in (("/predict", ("a test slice", None, 0, "FedIA")), ("/files", ())):
         with pytest.raises(AppError, match="press Run"):
             other.predict(*values, api_name=endpoint)
@@ -129,27 +119,15 @@ def test_what_is_no_zip_or_picture_is_refused(client, trained, tmp_path):
 
 
 def test_a_stopped_run_can_be_asked(hub):
-    page = new_page(hub)
+    page = new_page(hub, "fedia")
     job = page.submit(*{**SETTINGS, "rounds": 60}.values(), ["FedIA"], api_name="/run")
-    begun = time.monotonic()
-    while not any("round 2 of 60" in output[0] for output in job.outputs()) and time.monotonic() - begun < 120:
-        time.sleep(0.2)
-    assert job.cancel()
-    state, table = page.predict(api_name="/stop")
-    assert state == "stopped" and "Stopped. **After" in table and "of 60 rounds" in table
+    table = stop_in_round(page, job, "round 2 of 60")
+    assert "of 60 rounds" in table
     assert "FedIA sees" in page.predict("a test slice", None, 0, "FedIA", api_name="/predict")[0]
 
 
 def test_a_person_slides_runs_and_asks_by_keyboard(hub, browser):
-    page, problems = browser.new_page(viewport={"width": 1366, "height": 768}), []
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(("http://127.0.0.1", "data:", "blob:")) else problems.append(request.url))
-    page.goto(f"{hub.url}/fedia/")
-    page.locator("#finished img").wait_for(timeout=60_000)
-    page.wait_for_function("document.querySelector('#finished img').naturalWidth > 500", timeout=10_000)
-    empty = lambda: page.locator(".empty:visible").count()
-    assert empty() == 0
+    page, problems = watched_page(browser, f"{hub.url}/fedia/")
     page.get_by_label("range slider for Round of the finished run").press("ArrowLeft")
     page.get_by_text("Round 29 of 30").wait_for(timeout=30_000)
     page.get_by_role("tab", name="Federate").press("Enter")
@@ -160,11 +138,7 @@ def test_a_person_slides_runs_and_asks_by_keyboard(hub, browser):
     page.get_by_role("button", name="Stop", exact=True).press("Enter")
     page.get_by_text("Stopped. After").wait_for(timeout=60_000)
     page.get_by_role("tab", name="Ask").press("Enter")
-    assert empty() == 0
+    assert empty_boxes(page) == 0
     page.get_by_role("button", name="Ask", exact=True).press("Enter")
     page.get_by_text("the truth has").wait_for(timeout=60_000)
-    page.set_viewport_size({"width": 390, "height": 844})
-    page.wait_for_timeout(500)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390 and page.get_by_text("Not for diagnosis").count()
-    page.close()
-    assert problems == []
+    ends_on_a_phone(page, problems)

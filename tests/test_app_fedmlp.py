@@ -1,16 +1,16 @@
 "The FedMLP app as a program and a person see it."
 import json
-import time
 import zipfile
 
 import numpy as np
 import pytest
-from gradio_client import Client, handle_file
+from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
 from hkust_demos.apps.fedmlp import FINDINGS, LIVE_KNOBS, OWN
 from hkust_demos.catalog import METHODS
+from federated_pages import chart, empty_boxes, ends_on_a_phone, new_page, stop_in_round, watched_page
 
 pytestmark = pytest.mark.skipif(not METHODS["fedmlp"].ready, reason="FedMLP is not ready: the hub does not serve it yet")
 
@@ -18,15 +18,10 @@ SHORT = dict(images=30, rounds=3, stage1=1, negatives=0.3, positives=0.3)
 VARIANTS = ["FedAvg, labeled only", "FedMLP"]
 
 
-def new_page(hub):
-    "A page of its own, patient while the server imports."
-    return Client(f"{hub.url}/fedmlp/", verbose=False, httpx_kwargs={"timeout": 120})
-
-
 @pytest.fixture(scope="module")
 def client(hub):
     "A page of the running app."
-    return new_page(hub)
+    return new_page(hub, "fedmlp")
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +46,6 @@ def own_zip(tmp_path_factory):
             lines.append(f"{i}.png,north,{has[0]}," if i < 16 else f"{i}.png,south,,{has[1]}")
         archive.writestr("labels.csv", "\n".join(lines))
     return path
-
-
-def chart(figure):
-    "A plotly figure as it travels."
-    return json.loads(figure["plot"])
 
 
 def table(*rows):
@@ -119,7 +109,7 @@ def test_the_files_of_a_run(client, trained):
 
 
 def test_an_own_table_is_federated(hub, own_zip):
-    page, own = new_page(hub), dict(source=OWN, upload=handle_file(own_zip))
+    page, own = new_page(hub, "fedmlp"), dict(source=OWN, upload=handle_file(own_zip))
     figure, _ = page.predict(**own, api_name="/labels")
     assert chart(figure)["data"][0]["x"] == ["spot", "stripe"] and "2 of 4 cells" in chart(figure)["layout"]["title"]["text"]
     assert "After 3 of 3 rounds" in page.predict(**own, **SHORT, variants=["FedMLP"], api_name="/run")[1]
@@ -127,7 +117,7 @@ def test_an_own_table_is_federated(hub, own_zip):
 
 
 def test_a_page_keeps_its_run_to_itself(hub, trained):
-    other = new_page(hub)
+    other = new_page(hub, "fedmlp")
     for endpoint in ("/predict", "/files"):
         with pytest.raises(AppError, match="press Run"):
             other.predict(api_name=endpoint)
@@ -152,27 +142,15 @@ def test_bad_zips_are_sentences(client, tmp_path):
 
 
 def test_a_stopped_run_can_be_asked(hub):
-    page = new_page(hub)
+    page = new_page(hub, "fedmlp")
     job = page.submit(**{**SHORT, "rounds": 60}, variants=["FedMLP"], api_name="/run")
-    begun = time.monotonic()
-    while not any("round 2 of 60" in output[0] for output in job.outputs()) and time.monotonic() - begun < 120:
-        time.sleep(0.2)
-    assert job.cancel()
-    state, told = page.predict(api_name="/stop")
-    assert state == "stopped" and "Stopped. **After" in told and "of 60 rounds" in told
+    told = stop_in_round(page, job, "round 2 of 60")
+    assert "of 60 rounds" in told
     assert "FedMLP" in page.predict(api_name="/predict")[0]
 
 
 def test_a_person_slides_runs_stops_and_asks_by_keyboard(hub, browser):
-    page, problems = browser.new_page(viewport={"width": 1366, "height": 768}), []
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(("http://127.0.0.1", "data:", "blob:")) else problems.append(request.url))
-    page.goto(f"{hub.url}/fedmlp/")
-    picture, empty = page.locator("#finished img"), lambda: page.locator(".empty:visible").count()
-    picture.wait_for(timeout=60_000)
-    page.wait_for_function("document.querySelector('#finished img').naturalWidth > 500", timeout=10_000)
-    assert empty() == 0
+    page, problems = watched_page(browser, f"{hub.url}/fedmlp/")
     page.get_by_label("range slider for Round of the finished run").press("ArrowLeft")
     page.get_by_text("Round 35 of 36").wait_for(timeout=30_000)
     page.get_by_role("tab", name="Federate").press("Enter")
@@ -183,11 +161,7 @@ def test_a_person_slides_runs_stops_and_asks_by_keyboard(hub, browser):
     page.get_by_role("button", name="Stop", exact=True).press("Enter")
     page.get_by_text("Stopped. After").wait_for(timeout=60_000)
     page.get_by_role("tab", name="Ask").press("Enter")
-    assert empty() == 0
+    assert empty_boxes(page) == 0
     page.get_by_role("button", name="Ask", exact=True).press("Enter")
     page.get_by_text("The truth:").wait_for(timeout=60_000)
-    page.set_viewport_size({"width": 390, "height": 844})
-    page.wait_for_timeout(500)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390 and page.get_by_text("Not for diagnosis").count()
-    page.close()
-    assert problems == []
+    ends_on_a_phone(page, problems)

@@ -6,26 +6,22 @@ import zipfile
 
 import numpy as np
 import pytest
-from gradio_client import Client, handle_file
+from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
 from hkust_demos.apps.fednpr import LIVE_KNOBS
+from federated_pages import chart, empty_boxes, ends_on_a_phone, new_page, stop_in_round, watched_page
 
 SETTINGS = dict(partition="painted skin, six true clinics", upload=None, clients=3, alpha=0.3, imbalance=0.1, images=30, seed=0, rounds=2, epochs=1, size=32,
                 lam=0.3, clusters=2, start=0)
 VARIANTS = ["FedAvg", "FedNPR, own heads"]
 
 
-def new_page(hub):
-    "A page of its own, patient while the server imports."
-    return Client(f"{hub.url}/fednpr/", verbose=False, httpx_kwargs={"timeout": 120})
-
-
 @pytest.fixture(scope="module")
 def client(hub):
     "A page of the running app."
-    return new_page(hub)
+    return new_page(hub, "fednpr")
 
 
 def run(client, variants=VARIANTS, **changed):
@@ -56,11 +52,6 @@ def own_zip(tmp_path_factory):
     return path
 
 
-def chart(figure):
-    "A plotly figure as it travels."
-    return json.loads(figure["plot"])
-
-
 def test_endpoints_have_names(client):
     named = set(client.view_api(return_format="dict")["named_endpoints"])
     assert {"/live", "/partition", "/fitting", "/run", "/stop", "/inside", "/predict", "/split", "/files"} <= named
@@ -81,7 +72,7 @@ def test_the_finished_run_answers_to_its_knobs(client):
 
 
 def test_a_program_may_say_nothing(hub):
-    page = new_page(hub)
+    page = new_page(hub, "fednpr")
     job = page.submit(api_name="/run")
     begun = time.monotonic()
     while not any("round 1 of 20" in output[0] for output in job.outputs()) and not job.done() and time.monotonic() - begun < 180:
@@ -112,7 +103,7 @@ def test_a_run_tells_and_draws(trained):
 
 @pytest.mark.parametrize("changed", [dict(partition="handwritten digits, Dirichlet"), dict(partition="painted skin, Dirichlet", alpha=0.1)])
 def test_other_pictures(hub, changed):
-    _, table, *_ = run(new_page(hub), ["FedNPR"], rounds=1, images=40, **changed)
+    _, table, *_ = run(new_page(hub, "fednpr"), ["FedNPR"], rounds=1, images=40, **changed)
     assert "FedNPR" in table
 
 
@@ -140,7 +131,7 @@ def test_the_files_of_a_run(client, trained):
 
 
 def test_an_own_zip_is_federated(hub, own_zip):
-    page = new_page(hub)
+    page = new_page(hub, "fednpr")
     own = dict(partition="my own zip, Dirichlet", upload=handle_file(own_zip), clients=2, alpha=5)
     figure, _ = page.predict(*{**SETTINGS, **own}.values(), api_name="/partition")
     assert chart(figure)["data"][0]["x"] == ["brown", "pink"]
@@ -149,7 +140,7 @@ def test_an_own_zip_is_federated(hub, own_zip):
 
 
 def test_a_page_keeps_its_run_to_itself(hub, trained):
-    other = new_page(hub)
+    other = new_page(hub, "fednpr")
     for endpoint, values in (("/inside", ("FedNPR", 1, 0)), ("/predict", ("a test picture", None, 0, "FedNPR", 1)), ("/files", ())):
         with pytest.raises(AppError, match="press Run"):
             other.predict(*values, api_name=endpoint)
@@ -203,44 +194,28 @@ def test_what_is_no_picture_is_refused(client, trained, tmp_path):
 
 
 def test_a_stopped_run_can_be_looked_into(hub):
-    page = new_page(hub)
+    page = new_page(hub, "fednpr")
     job = page.submit(*{**SETTINGS, "rounds": 60}.values(), ["FedNPR"], api_name="/run")
-    begun = time.monotonic()
-    while not any("round 2 of 60" in output[0] for output in job.outputs()) and time.monotonic() - begun < 120:
-        time.sleep(0.2)
-    assert job.cancel()
-    state, table = page.predict(api_name="/stop")
-    assert state == "stopped" and "Stopped. **After" in table and "of 60 rounds" in table
+    table = stop_in_round(page, job, "round 2 of 60")
+    assert "of 60 rounds" in table
     assert page.predict("FedNPR", 1, 60, api_name="/inside")[0]["maximum"] < 60
     assert "After 1 of 1 rounds" in run(page, ["FedNPR"], rounds=1)[1]  # the place is free again
 
 
 def test_a_person_slides_runs_stops_and_asks_by_keyboard(hub, browser):
-    page, problems = browser.new_page(viewport={"width": 1366, "height": 768}), []
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(("http://127.0.0.1", "data:", "blob:")) else problems.append(request.url))
-    page.goto(f"{hub.url}/fednpr/")
-    picture, empty = page.locator("#finished img"), lambda: page.locator(".empty:visible").count()
-    picture.wait_for(timeout=60_000)
-    page.wait_for_function("document.querySelector('#finished img').naturalWidth > 500", timeout=10_000)
-    assert empty() == 0
+    page, problems = watched_page(browser, f"{hub.url}/fednpr/")
     page.get_by_label("range slider for Round of the finished run").press("ArrowLeft")
     page.get_by_text("Round 29 of 30").wait_for(timeout=30_000)
     page.get_by_role("tab", name="Federate").press("Enter")
     page.get_by_text("9 of 48 cells empty").wait_for(timeout=60_000)
-    assert empty() == 0
+    assert empty_boxes(page) == 0
     page.get_by_label("number input for Pictures of a client").fill("30")
     page.get_by_role("button", name="Run", exact=True).press("Enter")
     page.get_by_text("After 2 of 20 rounds").wait_for(timeout=120_000)
     page.get_by_role("button", name="Stop", exact=True).press("Enter")
     page.get_by_text("Stopped. After").wait_for(timeout=60_000)
     page.get_by_role("tab", name="Ask").press("Enter")
-    assert empty() == 0
+    assert empty_boxes(page) == 0
     page.get_by_role("button", name="Ask", exact=True).press("Enter")
     page.get_by_text("the truth is NV").wait_for(timeout=60_000)
-    page.set_viewport_size({"width": 390, "height": 844})
-    page.wait_for_timeout(500)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390 and page.get_by_text("Not for diagnosis").count()
-    page.close()
-    assert problems == []
+    ends_on_a_phone(page, problems)

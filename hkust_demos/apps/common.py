@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FONTS', 'CSS', 'MEDICAL', 'KNOWN_ERRORS', 'log', 'house_theme', 'mount_settings', 'header', 'footer',
-           'captioned_plot', 'plots_side_by_side', 'user_errors']
+           'captioned_plot', 'plots_side_by_side', 'then_show', 'OneResult', 'user_errors']
 
 # %% ../../nbs/apps/00_common.ipynb #6eaf16f6
 import os
@@ -85,6 +85,38 @@ def _in_column(label: str, sentence: str) -> gr.Plot:
     "A captioned chart in a column of its own."
     with gr.Column(min_width=310):
         return captioned_plot(label, sentence)
+
+# %% ../../nbs/apps/00_common.ipynb #c0b0a002
+def then_show(
+    event: gr.events.Dependency,  # what fills the box
+    box: gr.Column,  # hidden so far
+) -> gr.events.Dependency:
+    "Show a box after the event that fills it has succeeded."
+    return event.success(lambda: gr.Column(visible=True), None, [box], api_visibility="private", show_progress="hidden")
+
+# %% ../../nbs/apps/00_common.ipynb #c0b0a005
+class OneResult:
+    "The last result of an app, known to its page by a key."
+
+    def __init__(self, missing: str):  # what to say to a page whose result is gone
+        self.missing, self.kept = missing, {}
+
+    def clear(self) -> None:
+        "Forget it, before the next is computed."
+        self.kept.clear()
+
+    def keep(self, result) -> str:
+        "Keep one result in place of the last and return its key."
+        self.clear()
+        key = uuid.uuid4().hex
+        self.kept[key] = result
+        return key
+
+    def get(self, key: str):
+        "The result of a page, or a sentence."
+        if key not in self.kept:
+            raise ValueError(self.missing)
+        return self.kept[key]
 
 # %% ../../nbs/apps/00_common.ipynb #187b0daa
 KNOWN_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)

@@ -6,7 +6,7 @@
 __all__ = ['LABELS', 'ENSEMBLES', 'RETRAINED', 'KINDS', 'LIVE_KNOBS', 'SOURCES', 'warm_up', 'build']
 
 # %% ../../nbs/apps/20_d2ue.ipynb #fdee549f
-from .common import footer, header, user_errors
+from .common import footer, header, then_show, user_errors
 
 # %% ../../nbs/apps/20_d2ue.ipynb #fc3aa242
 import json
@@ -242,18 +242,13 @@ def _wire(painter, finished, scan, choices, trainer, start, outputs) -> None:
     inputs = [source, upload, index, frame, *painter, *choices]
     gr.on([knob.change for knob in painter], _live, painter, finished, api_name="live", show_progress="hidden", trigger_mode="always_last")
     gr.on([upload.change, frame.change, series.change], _inspect, [upload, frame, series], [index, about], api_name="inspect")
-    _then_show(start.click(_run, [*inputs, retrained, series], shown, api_name="run"), results)
-    _then_show(make.click(_download, [*inputs[:13], retrained, series], [archive], api_name="maps"), files)
+    then_show(start.click(_run, [*inputs, retrained, series], shown, api_name="run"), results)
+    then_show(make.click(_download, [*inputs[:13], retrained, series], [archive], api_name="maps"), files)
     training = train.click(_retrain, settings, [status, curves, choices[0], retrained], api_name="retrain")
-    _then_show(training, curves_box)
+    then_show(training, curves_box)
     stop.click(_stopped, None, [status], cancels=[training], api_name="stop")
 
 # %% ../../nbs/apps/20_d2ue.ipynb #900d938f
-def _then_show(event, box: gr.Column) -> None:
-    "A box appears once there is something in it."
-    event.success(lambda: gr.Column(visible=True), None, [box], api_visibility="private", show_progress="hidden")
-
-
 def build() -> gr.Blocks:
     "The app as Gradio blocks."
     with gr.Blocks(title="D2UE", analytics_enabled=False, delete_cache=(3600, 86_400)) as blocks:

@@ -6,7 +6,7 @@
 __all__ = ['LIVE_KNOBS', 'SOURCES', 'CLASSIFIERS', 'NUMBERINGS', 'WINDOWS', 'LIMIT', 'warm_up', 'build']
 
 # %% ../../nbs/apps/60_ltuda.ipynb #8a34c3f6
-from .common import footer, header, user_errors
+from .common import footer, header, then_show, user_errors
 
 # %% ../../nbs/apps/60_ltuda.ipynb #1efca54b
 import json
@@ -182,7 +182,7 @@ def _wire(knobs, finished, scan, choices, start, outputs) -> None:
     gr.on([knob.change for knob in knobs], _live, knobs, finished, api_name="live", show_progress="hidden", trigger_mode="always_last")
     gr.on([chosen[1].change, chosen[4].change, chosen[5].change], _inspect, [chosen[1], *chosen[4:]], [about], api_name="inspect")
     done = start.click(_run, [*inputs, level, width], [words, tiles, index, files], api_name="run")
-    done.success(lambda: gr.Column(visible=True), None, [results], api_visibility="private", show_progress="hidden")
+    then_show(done, results)
     gr.on([slider.input for slider in (index, level, width)], _view, [index, level, width, *inputs], [tiles], api_name="view", show_progress="hidden", trigger_mode="always_last")
     for button, pair in zip(buttons, WINDOWS.values()):
         pressed = button.click(lambda pair=pair: pair, None, [level, width], api_visibility="private", show_progress="hidden")
