@@ -172,7 +172,7 @@ def update_prototypes(
 # %% ../../nbs/federated/10_fednpr.ipynb #406bdaf7
 @dataclass(frozen=True)
 class NPRConfig:
-    "What the regularizer does; the defaults are the paper's, the study takes lam 0.3, start 10, prior_adjust."
+    "What the regularizer does; the defaults are the paper's."
     lam: float = 0.05  # weight of the loss
     num_clusters: int = 4  # K
     start: int = 0  # rounds without the loss
@@ -253,8 +253,8 @@ class NPRRegulariser(Plugin):
 # %% ../../nbs/federated/10_fednpr.ipynb #f364f9cf
 RUN_CONFIG: dict[str, Any] = {
     "rounds": 30, "local-epochs": 2, "batch-size": 32, "optimizer": "adam", "lr": 2e-3, "reset-optimizer": False, "seed": 0,
-    "evaluate-clients": False, "skin-largest": 300, "skin-alpha": 0.0, "num-classes": len(CLASSES), "loss": "balanced", "npr-lam": 0.3, "npr-clusters": 4,
-    "npr-start": 10, "npr-eps": 0.05, "npr-mask": True, "npr-prior": True, "npr-assign": "sinkhorn"}
+    "evaluate-clients": False, "skin-largest": 300, "skin-alpha": 0.0, "num-classes": len(CLASSES), "loss": "balanced", "npr-lam": 0.05, "npr-clusters": 4,
+    "npr-start": 0, "npr-eps": 0.05, "npr-mask": True, "npr-prior": False, "npr-assign": "sinkhorn"}
 
 
 def npr_config(
@@ -349,6 +349,7 @@ def client_app(
     *,
     num_classes: int | None = None,  # None takes the run's "num-classes"
     augment: Callable | None = flips,
+    metrics_fn: Callable = recall_metrics,  # (logits, targets) of a client's test
     mods: Sequence[Callable] = (),  # Flower mods around training, such as differential privacy
 ) -> engine.ClientApp:
     "FedNPR's client. A head or batch norm that stays local is the run's `keep-local`."
@@ -362,7 +363,7 @@ def client_app(
             return Plugin()
         return NPRRegulariser(chosen, _targets(data.train, num_classes or config.get("num-classes", len(CLASSES))), seed=config["seed"], client=config["partition-id"])
 
-    return engine.client_app(model_fn, data_fn, make_loss=make_loss, make_plugin=make_plugin, metrics_fn=recall_metrics, augment=augment, mods=mods)
+    return engine.client_app(model_fn, data_fn, make_loss=make_loss, make_plugin=make_plugin, metrics_fn=metrics_fn, augment=augment, mods=mods)
 
 
 def flower_apps() -> tuple[engine.ServerApp, engine.ClientApp]:
