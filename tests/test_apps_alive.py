@@ -74,8 +74,8 @@ def test_live_answers_without_an_argument_and_follows_each_knob(client, name):
     first = page.predict(api_name="/live")
     assert first and knobs
     for knob, values in knobs.items():
-        answers = [page.predict(**{knob: value}, api_name="/live") for value in values[:3]]
-        assert len({str(answer) for answer in answers}) == len(values[:3]), f"{knob} changes nothing"
+        least, most = (page.predict(**{knob: value}, api_name="/live") for value in (values[0], values[-1]))
+        assert str(least) != str(most), f"{knob} changes nothing"
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from hkust_demos.catalog import METHODS
 SIZES = {"laptop": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
 
 
-@pytest.fixture()
-def page(browser):
-    "A page that remembers console errors and requests that leave the machine."
+@pytest.fixture(scope="module")
+def tab(browser):
+    "One page for all tests; it remembers console errors and requests that leave the machine."
     page = browser.new_page()
     page.console_errors, page.outside = [], []
     page.on("console", lambda message: page.console_errors.append(message.text) if message.type == "error" else None)
@@ -23,6 +23,15 @@ def page(browser):
     page.on("request", lambda request: None if request.url.startswith(("http://127.0.0.1", "data:", "blob:")) else page.outside.append(request.url))
     yield page
     page.close()
+
+
+@pytest.fixture()
+def page(tab):
+    "The page, empty and with nothing remembered."
+    tab.goto("about:blank")
+    tab.set_viewport_size(SIZES["laptop"])
+    tab.console_errors.clear(), tab.outside.clear()
+    return tab
 
 
 def get(url):
