@@ -40,7 +40,7 @@ class TileSet:
 
 # %% ../../nbs/data/34_he_phantom.ipynb #2d115848
 STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.10, 0.95, 0.22], [0.15, 0.95, 0.85], [0.42, 0.22, 0.08]])  # H, E, blood, mucin: density in R, G, B
-CENTERS = ((0.0, 0.0, 1.0, 1.0), (0.12, -0.10, 1.15, 0.85), (-0.12, 0.08, 0.85, 1.2), (0.2, 0.14, 1.25, 1.1))  # turns of H and E (rad), strengths
+CENTERS = ((0.0, 0.0, 1.0, 1.0), (0.12, -0.10, 1.15, 0.85), (-0.12, 0.08, 0.85, 1.2), (0.09, 0.09, 1.12, 0.92))  # turns of H and E (rad), strengths
 HELD_OUT = 3
 
 
@@ -190,12 +190,12 @@ def he_slides(
     "Painted slides with diagnosis and survival."
     g = torch.Generator().manual_seed(7919 * (seed + 1) + center)
     label = torch.arange(n) % 2
-    share = torch.where(label == 1, 0.12 + 0.5 * torch.rand(n, generator=g), torch.zeros(n))
+    share = torch.where(label == 1, 0.1 + 0.35 * torch.rand(n, generator=g), torch.zeros(n))
     count = (share * tiles).round().clamp(min=label.float())
     tumor = torch.rand(n, tiles, generator=g).argsort(1).argsort(1) < count[:, None]
     factors = _slide_factors(tumor.flatten(), seed, g)
     images = paint_tiles(factors, seed + 50_000, center=center, size=size).unflatten(0, (n, tiles))
-    time = -torch.rand(n, generator=g).clamp(1e-6).log() * 40 * torch.exp(-4 * count / tiles)
+    time = -torch.rand(n, generator=g).clamp(1e-6).log() * 40 * torch.exp(-6 * count / tiles)
     follow_up = 10 + 70 * torch.rand(n, generator=g)
     return SlideSet(images, tumor, label, torch.minimum(time, follow_up), time <= follow_up)
 

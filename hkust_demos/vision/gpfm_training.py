@@ -134,15 +134,19 @@ def parameter_groups(
     config: TrainConfig,
 ) -> list[dict]:  # for AdamW, with rate and what it is
     "Trained parameters by rate and decay."
-    groups: dict[tuple, list] = {}
-    depth = max((int(n.split("layer.")[1].split(".")[0]) for n, _ in distiller.named_parameters() if "encoder.layer." in n), default=-1) + 1
-    for name, parameter in distiller.named_parameters():
-        if parameter.requires_grad:
-            block = int(name.split("layer.")[1].split(".")[0]) + 1 if "encoder.layer." in name else 0 if ".embeddings." in name else depth + 1
-            rate = config.layer_decay ** (depth + 1 - block) * (config.patch_rate if "patch_embeddings" in name else 1.0)
-            decays = parameter.dim() > 1 and not name.endswith(("token", "position_embeddings", "original0"))
-            groups.setdefault((rate, decays, ".last." in name), []).append(parameter)
+    trained = [(name, parameter) for name, parameter in distiller.named_parameters() if parameter.requires_grad]
+    groups, depth = {}, max([_block(name, 0) for name, _ in trained], default=0)
+    for name, parameter in trained:
+        block = _block(name, depth + 1)
+        rate = config.layer_decay ** (depth + 1 - block) * (config.patch_rate if "patch_embeddings" in name else 1.0)
+        decays = parameter.dim() > 1 and not name.endswith(("token", "position_embeddings", "original0"))
+        groups.setdefault((rate, decays, ".last." in name), []).append(parameter)
     return [{"params": members, "rate": rate, "decays": decays, "is_last": last} for (rate, decays, last), members in groups.items()]
+
+
+def _block(name: str, otherwise: int) -> int:
+    "Depth of a parameter: 0 the embedding, then the blocks, `otherwise` what comes after."
+    return int(name.split("layer.")[1].split(".")[0]) + 1 if "encoder.layer." in name else 0 if ".embeddings." in name else otherwise
 
 # %% ../../nbs/vision/45_gpfm_training.ipynb #dde9143e
 @dataclass
@@ -252,7 +256,7 @@ def train_step(
         terms = module(views.global_crops, views.local_crops, views.masks, teacher_temp=float(now["temperature"]), targets=views.targets)
         run.optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()
-    for part in (distiller.student, distiller.heads):
+    for part in filter(lambda part: [*part.parameters()], (distiller.student, distiller.heads)):
         nn.utils.clip_grad_norm_(part.parameters(), config.clip)
     run.optimizer.step()
     distiller.update_teacher(float(now["momentum"]))
