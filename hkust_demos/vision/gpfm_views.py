@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'gallery', 'known_encoder', 'pca_axes', 'gallery_view', 'patch_colors', 'patch_similarity', 'nearest',
            'picture_of', 'tile_words', 'figure_row', 'tile_view', 'shipped_scores', 'task_chart', 'live_view',
-           'write_example', 'region_maps']
+           'write_example', 'region_maps', 'region_figures', 'write_features']
 
 # %% ../../nbs/vision/51_gpfm_views.ipynb #f83224ca
 import base64
@@ -220,3 +220,38 @@ def region_maps(
         for side in (np.s_[r:r + wide, c:c + size], np.s_[r + size - wide:r + size, c:c + size], np.s_[r:r + size, c:c + wide], np.s_[r:r + size, c + size - wide:c + size]):
             grid[side] = edge
     return grid, painted
+
+# %% ../../nbs/vision/51_gpfm_views.ipynb #6d248f46
+def region_figures(
+    rgb: np.ndarray,
+    tiles: TileSet,
+    size: int,
+    name: str = "gpfm",
+) -> tuple[str, str]:  # Markdown, HTML
+    "What was found in a region."
+    grid, painted = region_maps(rgb, tiles, size, name)
+    shrunk = lambda array: Image.fromarray(array).resize(_fitting(array.shape, 560), Image.Resampling.BOX).quantize(200)
+    figures = [("tissue is cut into tiles", shrunk(grid)), (f"patches, {NAMES.get(name, name)}", shrunk(painted))]
+    share = float(tissue_mask(rgb).mean())
+    return f"**{len(tiles)} tiles of {size} pixels**; {share:.0%} of {rgb.shape[1]} x {rgb.shape[0]} pixels is tissue.", figure_row(figures, "18rem")
+
+
+def _fitting(shape: tuple, longest: int) -> tuple[int, int]:
+    "Width and height of a picture whose longer side has so many pixels."
+    scale = longest / max(shape[:2])
+    return max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale))
+
+
+def write_features(
+    path: Path,
+    tiles: TileSet,
+    name: str,  # of the encoder
+    slide: str,  # name of the group
+) -> Path:
+    "Features and places of tiles as HDF5, as the command writes them."
+    import h5py
+    with h5py.File(path, "w") as file:
+        file.attrs.update(encoder=name, tile_size=tiles.images.shape[-1], level=0)
+        group = file.create_group(slide)
+        group["features"], group["coords"] = extract_features(known_encoder(name), tiles.images, 64), tiles.places.numpy()[:, ::-1]
+    return path
