@@ -11,6 +11,7 @@ from .common import footer, header, then_show, user_errors
 # %% ../../nbs/apps/86_gpfm.ipynb #ad76579f
 import json
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import gradio as gr
@@ -25,7 +26,7 @@ LIVE_KNOBS: dict[str, list] = {"index": [0, 7, 21, 40], "encoder": ["nuclear exp
 TASKS = ("average rank", "mean", "density", "nuclear_size", "pleomorphism", "architecture", "fiber", "deposit", "grade", "real ihc", "retrieval", "slide", "survival", "questions", "report")
 LIMIT = "**Painted tiles.** The shipped networks have seen no patient; their scores rank ways of training, not encoders for use."
 
-
+# %% ../../nbs/apps/86_gpfm.ipynb #a94b94c5
 def _example() -> dict[str, str]:
     "The stored view."
     from hkust_demos.vision.gpfm_views import write_example
@@ -61,17 +62,20 @@ def _region(source, upload, level):
         return np.uint8(255 * np.concatenate(rows)), "painted"
     if not upload:
         raise ValueError(f"the source is 'my picture', but no file was uploaded: add one, or choose '{EXAMPLE}'")
-    slide = open_slide(upload)
-    try:
-        if not 0 <= int(level) < len(slide.levels):
-            raise ValueError(f"level is {int(level)}; {slide.name} has levels 0 to {len(slide.levels) - 1}")
-        if max(slide.levels[int(level)]) > LARGEST:
-            small = next((k for k, size in enumerate(slide.levels) if max(size) <= LARGEST), None)
-            raise ValueError(f"level {int(level)} of {slide.name} has {slide.levels[int(level)][1]} x {slide.levels[int(level)][0]} pixels; at most {LARGEST} a side are shown here: "
-                             + (f"choose level {small}" if small is not None else "crop or shrink it") + ", or use hkust-demos gpfm on the command line")
-        return np.ascontiguousarray(slide.read(0, 0, slide.levels[int(level)], int(level))), safe_name(Path(slide.name).stem)
-    finally:
-        slide.close()
+    with closing(open_slide(upload)) as slide:
+        size = _shown_level(slide, int(level))
+        return np.ascontiguousarray(slide.read(0, 0, size, int(level))), safe_name(Path(slide.name).stem)
+
+# %% ../../nbs/apps/86_gpfm.ipynb #773a511f
+def _shown_level(slide, level: int) -> tuple[int, int]:
+    "Rows and columns of a level that a page can show; a sentence otherwise."
+    if level not in range(len(slide.levels)):
+        raise ValueError(f"level is {level}; {slide.name} has levels 0 to {len(slide.levels) - 1}")
+    if max(slide.levels[level]) > LARGEST:
+        small = next((f"choose level {k}" for k, size in enumerate(slide.levels) if max(size) <= LARGEST), "crop or shrink it")
+        raise ValueError(f"level {level} of {slide.name} has {slide.levels[level][1]} x {slide.levels[level][0]} pixels; at most {LARGEST} a side are shown here: {small}, "
+                         "or use hkust-demos gpfm on the command line")
+    return slide.levels[level]
 
 # %% ../../nbs/apps/86_gpfm.ipynb #235468ee
 @user_errors
@@ -106,7 +110,7 @@ def _live_widgets() -> tuple[list, list]:
             chart = gr.HTML(example["chart"], label="Encoders in a task")
     return [index, encoder, task], [tile, chart]
 
-
+# %% ../../nbs/apps/86_gpfm.ipynb #11ff82d8
 def _own_widgets() -> tuple[list, gr.Button, list, gr.Column]:
     "What is cut, the button, what comes out, and its place."
     with gr.Row():

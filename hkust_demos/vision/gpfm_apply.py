@@ -45,7 +45,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="tiles at once")
     parser.add_argument("--force", action="store_true", help="replace a file of this name")
 
-
+# %% ../../nbs/vision/42_gpfm_apply.ipynb #b574e360
 def slides_in(
     path: str | Path,
 ) -> list[Path]:
@@ -73,13 +73,23 @@ def _collect(path: Path, store: Path, encoder, args: Namespace, tell: Callable[[
                 tell(done, len(places))
     return np.fromfile(store, np.float32).reshape(-1, encoder.dim), places
 
+# %% ../../nbs/vision/42_gpfm_apply.ipynb #2c2ae135
+def _free_file(args: Namespace) -> Path:
+    "Refuse an output that cannot be meant."
+    out = Path(args.out)
+    if out.suffix.lower() not in (".h5", ".hdf5") or args.batch_size < 1:
+        raise ValueError(f"--out is {out.name} and --batch-size {args.batch_size}; the file must end in .h5 and a batch have a tile")
+    if out.exists() and not args.force:
+        raise FileExistsError(f"{out.name} exists already; choose another file or add --force")
+    return out
+
 
 def _settings(args: Namespace, files: list[Path]) -> str:
     "What a half-written file must agree on."
     about = {name: getattr(args, name) for name in ("encoder", "size", "stride", "level", "min_tissue")}
     return json.dumps({**about, "files": [[p.name, p.stat().st_size if p.exists() else 0] for p in files]})
 
-
+# %% ../../nbs/vision/42_gpfm_apply.ipynb #4c9de7fd
 def _part_folder(out: Path, wanted: str) -> Path:
     "The folder of a run under way; refuse one of another run."
     part = Path(f"{out}.part")
@@ -95,23 +105,15 @@ def run_command(
     args: Namespace,
 ) -> list[Path]:  # the HDF5 file
     "Run `hkust-demos gpfm`."
-    out, files = Path(args.out), slides_in(args.input)
-    if out.suffix.lower() not in (".h5", ".hdf5"):
-        raise ValueError(f"--out is {out.name}; it must end in .h5")
-    if out.exists() and not args.force:
-        raise FileExistsError(f"{out.name} exists already; choose another file or add --force")
-    if args.batch_size < 1:
-        raise ValueError(f"batch-size is {args.batch_size}; it must be 1 or more")
+    out, files = _free_file(args), slides_in(args.input)
     encoder, part = load_encoder(args.encoder), _part_folder(out, _settings(args, files))
     names = [path.name if path == Path(args.input) else path.relative_to(args.input).as_posix().replace("/", "__") for path in files]
-    found = {}
-    for number, (path, name) in enumerate(zip(files, names)):
-        found[name] = _collect(path, part / f"{number:05d}.f32", encoder, args, _teller(name, number, len(files)))
+    found = {name: _collect(path, part / f"{i:05d}.f32", encoder, args, _teller(name, i, len(files))) for i, (path, name) in enumerate(zip(files, names))}
     _write(out, found, args)
     shutil.rmtree(part)
     return [out]
 
-
+# %% ../../nbs/vision/42_gpfm_apply.ipynb #b56ef726
 def _write(out: Path, found: dict, args: Namespace) -> None:
     "The HDF5 file, whole or not at all."
     import h5py
@@ -150,7 +152,7 @@ def own_tiles(
     tiles = np.stack([fit_picture(open_picture(path, at_least=TILE), TILE) for path in files])
     return torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
 
-
+# %% ../../nbs/vision/42_gpfm_apply.ipynb #72d6c4db
 def _accelerator():
     "Hugging Face accelerate, where it launched several processes."
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
@@ -167,19 +169,21 @@ def train(
     epochs: int | None = None,  # passes over your tiles
 ) -> list[Path]:  # weights and card
     "Distil and store with a card."
-    if data is None:
-        if variant is not None or epochs is not None:
-            raise ValueError("--variant and --epochs need --data: the weights that the demo ships stay as they are")
-        if out is not None:
-            check_free(out)
-        return train_shipped(Path(out) if out else shipped_folder("gpfm"))
-    if out is None or (variant or "gpfm") not in VARIANTS or (epochs or 1) < 1:
+    if data is None and (variant is not None or epochs is not None):
+        raise ValueError("--variant and --epochs need --data: the weights that the demo ships stay as they are")
+    if data is not None and (out is None or (variant or "gpfm") not in VARIANTS or (epochs or 1) < 1):
         raise ValueError(f"--data needs --out; variant is {variant!r}, one of {', '.join(VARIANTS)}; epochs is {epochs}, 1 or more")
-    check_free(out)
-    tiles, accelerator, name = own_tiles(data), _accelerator(), variant or "gpfm"
+    if out is not None:
+        check_free(out)
+    return train_shipped(Path(out or shipped_folder("gpfm"))) if data is None else _train_own(own_tiles(data), Path(out), variant or "gpfm", epochs or 20)
+
+# %% ../../nbs/vision/42_gpfm_apply.ipynb #4889a523
+def _train_own(tiles: Tensor, out: Path, name: str, epochs: int) -> list[Path]:
+    "A student on a user's tiles."
+    accelerator = _accelerator()
     experts = {} if name == "self-only" else {photo: PhotoExpert(photo, 96).eval() for photo in RECIPES}
-    config = replace(TrainConfig(**VARIANTS[name]), steps=max(10, (epochs or 20) * len(tiles) // 24))
-    found = pretrain(tiles, experts, config=config, checkpoint=Path(out) / "run.safetensors", accelerator=accelerator, on_step=_steps_told(config.steps))
+    config = replace(TrainConfig(**VARIANTS[name]), steps=max(10, epochs * len(tiles) // 24))
+    found = pretrain(tiles, experts, config=config, checkpoint=out / "run.safetensors", accelerator=accelerator, on_step=_steps_told(config.steps))
     if accelerator is not None and not accelerator.is_main_process:
         return []
     card = {"command": f"{COMMAND} --data DIR --out FOLDER --variant {name}", "data": f"{len(tiles)} pictures of a user's folder", "seed": 0, "student": found.encoder.settings,
@@ -194,7 +198,7 @@ def _steps_told(steps: int) -> Callable[[int, dict], None]:
             print(f"step {step} of {steps}: loss {terms['total']:.3f}", file=sys.stderr, flush=True)
     return tell
 
-
+# %% ../../nbs/vision/42_gpfm_apply.ipynb #defa8cd8
 def train_shipped(
     folder: Path,
     *,

@@ -109,7 +109,7 @@ class Views:
     masks: Tensor  # (2B, N)
     targets: Mapping[str, EncoderOutput] | None = None  # where experts were asked before
 
-
+# %% ../../nbs/vision/45_gpfm_training.ipynb #228fa2e0
 def multi_crop(
     tiles: Tensor,  # (B, 3, H, W), the whole batch
     config: TrainConfig,
@@ -225,7 +225,7 @@ def _name(tiles: Tensor, config: TrainConfig, seed: int, distiller: UnifiedDisti
     weights = {name: asdict(weight) for name, weight in distiller.weights.items()}
     return json.dumps({**asdict(config), "seed": seed, "tiles": [*tiles.shape], "sum": round(tiles.double().sum().item(), 3), "experts": weights})
 
-
+# %% ../../nbs/vision/45_gpfm_training.ipynb #42cfa1e8
 def fresh_views(tiles: Tensor, config: TrainConfig, seed: int, step: int, grid: int, accelerator=None) -> Views:
     "Crops of a step, drawn from seed and step alone; a process gets its share."
     g = torch.Generator().manual_seed(1_000_003 * seed + step)

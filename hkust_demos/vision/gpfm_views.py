@@ -47,7 +47,7 @@ def known_encoder(name: str):
     "A shipped encoder, loaded once."
     return load_encoder(name)
 
-
+# %% ../../nbs/vision/51_gpfm_views.ipynb #b934210d
 def pca_axes(
     patches: Tensor,  # (tiles, N, D)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # mean (D,), axes (D, 3), low and high of each
@@ -59,7 +59,7 @@ def pca_axes(
     values = (flat - mean) @ axes
     return mean, axes, *values.quantile(torch.tensor([0.02, 0.98], dtype=values.dtype), dim=0)
 
-
+# %% ../../nbs/vision/51_gpfm_views.ipynb #12514039
 @lru_cache(maxsize=16)
 def gallery_view(name: str) -> tuple[np.ndarray, tuple]:  # features (n, D), axes
     "What an encoder made of the gallery."
@@ -80,7 +80,7 @@ def patch_colors(
     found = torch.nn.functional.interpolate(values.mT.unflatten(2, (side, side)), (size, size), mode="bicubic", align_corners=False)
     return found.clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
-
+# %% ../../nbs/vision/51_gpfm_views.ipynb #3284085d
 def patch_similarity(
     patches: Tensor,  # (n * n, D)
     row: int,  # of a patch
@@ -91,7 +91,7 @@ def patch_similarity(
     side = round(len(unit) ** 0.5)
     return (unit @ unit[row * side + column]).unflatten(0, (side, side)).numpy()
 
-
+# %% ../../nbs/vision/51_gpfm_views.ipynb #3b025abe
 def nearest(
     features: np.ndarray,  # (n, D) of the gallery
     query: np.ndarray,  # (D,)
@@ -114,7 +114,7 @@ def picture_of(
     array = tile.permute(1, 2, 0).numpy() if isinstance(tile, Tensor) else tile
     return Image.fromarray(np.uint8(np.round(255 * np.clip(array, 0, 1)))).resize((size, size), Image.Resampling.BICUBIC).quantize(128)
 
-
+# %% ../../nbs/vision/51_gpfm_views.ipynb #7c1c7bcd
 def tile_words(tiles: TileSet, index: int) -> str:
     "What is known of a painted tile, the abnormal first."
     told = [words[int(tiles.factors[name][index])] for name, words in FACTORS.items() if name in ("architecture", "density", "deposit")]
@@ -140,7 +140,7 @@ def tile_view(
     first = [(f"the tile: {tile_words(tiles, index)}", picture_of(tiles.images[index]))]
     return figure_row(first + [(f"patches, {NAMES[n]}", picture_of(_colors(n, index))) for n in others]) + "".join(_neighbors_row(n, index) for n in others)
 
-
+# %% ../../nbs/vision/51_gpfm_views.ipynb #b3296afa
 def _colors(name: str, index: int) -> np.ndarray:
     "Patches of a gallery tile in colors."
     with torch.no_grad():
@@ -162,7 +162,7 @@ def shipped_scores() -> dict[str, dict[str, float]]:
     "Encoder -> task -> score, from the card."
     return load_checkpoint(shipped_folder("gpfm"), COMMAND)[1]["metrics"]
 
-
+# %% ../../nbs/vision/51_gpfm_views.ipynb #7a9b4d4f
 def task_chart(
     task: str = "average rank",  # or one of TASKS, or "mean"
 ) -> str:  # HTML with one picture
@@ -180,7 +180,7 @@ def task_chart(
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return f'<img alt="{html.escape(label)}" style="width:100%;max-width:46rem" src="data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
-
+# %% ../../nbs/vision/51_gpfm_views.ipynb #5f0cfe70
 def live_view(
     index: int = 0,
     name: str = "nuclear",
@@ -241,7 +241,7 @@ def _fitting(shape: tuple, longest: int) -> tuple[int, int]:
     scale = longest / max(shape[:2])
     return max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale))
 
-
+# %% ../../nbs/vision/51_gpfm_views.ipynb #59a52469
 def write_features(
     path: Path,
     tiles: TileSet,
