@@ -34,10 +34,12 @@ def _example() -> dict[str, str]:
 
 
 def warm_up() -> None:
-    "Features of the gallery by every encoder, before the first move."
-    from hkust_demos.vision.gpfm_views import gallery_view
+    "Features of the gallery by every encoder, and every chart, before the first move."
+    from hkust_demos.vision.gpfm_views import gallery_view, task_chart
     for name in ENCODERS.values():
         gallery_view(name)
+    for task in TASKS:
+        task_chart(task)
 
 
 @user_errors

@@ -204,16 +204,15 @@ def pretrain(
     "Distil a student."
     distiller = distillation(tiles, experts or {}, config, seed=seed, weights=weights, student=student)
     run = Run({"distiller": distiller}, torch.optim.AdamW(parameter_groups(distiller, config), 1.0, fused=True), torch.Generator(), _name(tiles, config, seed, distiller))
-    if checkpoint is not None and Path(checkpoint).exists():
+    if checkpoint and Path(checkpoint).exists():
         load_run(checkpoint, run)
     module = distiller if accelerator is None else accelerator.prepare_model(distiller)
-    plan, see = schedules(config), views or (lambda step: fresh_views(tiles, config, seed, step, distiller.student["body"].grid, accelerator))
-    while run.step < config.steps:
-        run.history.append(train_step(run, module, see(run.step), {name: values[run.step] for name, values in plan.items()}, config, seed))
+    see = views or (lambda step: fresh_views(tiles, config, seed, step, distiller.student["body"].grid, accelerator))
+    for now in pd.DataFrame(schedules(config)).iloc[run.step:].to_dict("records"):
+        run.history.append(train_step(run, module, see(run.step), now, config, seed))
         run.step += 1
         stopped = bool(on_step and on_step(run.step, run.history[-1]))
-        is_chief = accelerator is None or accelerator.is_main_process
-        if checkpoint is not None and is_chief and (stopped or run.step % save_every == 0 or run.step == config.steps):
+        if checkpoint and getattr(accelerator, "is_main_process", True) and (stopped or run.step % save_every == 0 or run.step == config.steps):
             save_run(checkpoint, run)
         if stopped:
             break
@@ -262,6 +261,12 @@ def train_step(
     distiller.update_teacher(float(now["momentum"]))
     return {"step": run.step + 1, **{name: term.item() for name, term in terms.items()}}
 
+# %% ../../nbs/vision/45_gpfm_training.ipynb #77038a37
+def _ask(experts: Mapping[str, Expert], crops: Tensor, batch_size: int) -> dict[str, tuple[Tensor, Tensor]]:
+    "What each expert says of crops (passes, 2, n, ...), tile and patches."
+    said = [expert_targets(experts, part) for part in crops.flatten(0, 2).split(batch_size)]
+    return {name: tuple(torch.cat([getattr(s[name], part) for s in said]).unflatten(0, crops.shape[:3]) for part in ("cls", "patches")) for name in experts}
+
 # %% ../../nbs/vision/45_gpfm_training.ipynb #399b05b5
 class ViewPool:
     "Global crops with the answers of experts, drawn once for several students."
@@ -269,16 +274,13 @@ class ViewPool:
     def __init__(self, tiles: Tensor, experts: Mapping[str, Expert], config: TrainConfig, *, passes: int = 2, seed: int = 0, batch_size: int = 32, grid: int = 6):
         self.tiles, self.config, self.seed, self.grid = tiles, config, seed, grid
         g = torch.Generator().manual_seed(seed)
-        drawn = [[random_crops(stain_jitter(tiles, config.stain, g), config.global_size, scale=(0.32, 1.0), generator=g) for _ in (0, 1)] for _ in range(passes)]
-        self.crops = torch.stack([torch.stack(pair) for pair in drawn]).clamp(0, 1)  # (passes, 2, n, 3, S, S)
-        said = [expert_targets(experts, part) for part in self.crops.flatten(0, 2).split(batch_size)]
-        shape = (passes, 2, len(tiles))
-        self.said = {name: tuple(torch.cat([getattr(s[name], part) for s in said]).unflatten(0, shape) for part in ("cls", "patches")) for name in experts}
+        cut = lambda: random_crops(stain_jitter(tiles, config.stain, g), config.global_size, scale=(0.32, 1.0), generator=g).clamp(0, 1)
+        self.crops = torch.stack([torch.stack([cut(), cut()]) for _ in range(passes)])  # (passes, 2, n, 3, S, S)
+        self.said = _ask(experts, self.crops, batch_size)
 
     def __call__(self, step: int) -> Views:
         "The step's crops; local crops and masks are fresh."
         g = torch.Generator().manual_seed(1_000_003 * self.seed + step)
-        rows, turn = torch.randperm(len(self.tiles), generator=g)[: self.config.batch_size], step % len(self.crops)
-        fresh = multi_crop(self.tiles[rows], self.config, g, grid=self.grid)
-        targets = {name: EncoderOutput(*(part[turn][:, rows].flatten(0, 1) for part in parts)) for name, parts in self.said.items()}
-        return Views(self.crops[turn][:, rows].flatten(0, 1), fresh.local_crops, fresh.masks, targets)
+        fresh = multi_crop(self.tiles[rows := torch.randperm(len(self.tiles), generator=g)[: self.config.batch_size]], self.config, g, grid=self.grid)
+        pick = lambda part: part[step % len(self.crops)][:, rows].flatten(0, 1)
+        return replace(fresh, global_crops=pick(self.crops), targets={name: EncoderOutput(*map(pick, parts)) for name, parts in self.said.items()})

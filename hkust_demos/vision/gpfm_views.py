@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'gallery', 'known_encoder', 'pca_axes', 'gallery_view', 'patch_colors', 'patch_similarity', 'nearest',
-           'picture_of', 'tile_words', 'figure_row', 'tile_view', 'shipped_scores', 'task_chart', 'live_view',
-           'write_example', 'region_maps', 'region_figures', 'write_features']
+           'picture_of', 'tile_words', 'gallery_picture', 'figure_row', 'tile_view', 'shipped_scores', 'task_chart',
+           'live_view', 'write_example', 'region_maps', 'region_figures', 'write_features']
 
 # %% ../../nbs/vision/51_gpfm_views.ipynb #f83224ca
 import base64
@@ -121,9 +121,16 @@ def tile_words(tiles: TileSet, index: int) -> str:
     return ", ".join(told)
 
 
-def figure_row(figures: Sequence[tuple[str, Image.Image]], width: str = "9rem") -> str:
-    "Pictures with captions, side by side."
-    parts = [f'<figure style="margin:0;flex:0 1 {width}"><img alt="{html.escape(words)}" src="{png_address(picture)}" style="width:100%;display:block;image-rendering:auto">'
+@lru_cache(maxsize=256)
+def gallery_picture(index: int, size: int = 128) -> str:
+    "A gallery tile as the address of a picture, made once."
+    return png_address(picture_of(gallery().images[index], size))
+
+
+def figure_row(figures: Sequence[tuple[str, Image.Image | str]], width: str = "9rem") -> str:
+    "Pictures, or their addresses, with captions, side by side."
+    address = lambda picture: picture if isinstance(picture, str) else png_address(picture)
+    parts = [f'<figure style="margin:0;flex:0 1 {width}"><img alt="{html.escape(words)}" src="{address(picture)}" style="width:100%;display:block;image-rendering:auto">'
              f'<figcaption style="font-size:.85rem;line-height:1.3;padding-top:.25rem">{html.escape(words)}</figcaption></figure>' for words, picture in figures]
     return f'<div style="display:flex;flex-wrap:wrap;gap:.7rem;margin-bottom:.8rem">{"".join(parts)}</div>'
 
@@ -137,7 +144,7 @@ def tile_view(
     if name not in NAMES or index not in range(len(tiles)):
         raise ValueError(f"encoder is {name!r} and tile {index}; choose one of {', '.join(NAMES)} and a tile from 0 to {len(tiles) - 1}")
     others = [other for other in dict.fromkeys(("gpfm", name))]
-    first = [(f"the tile: {tile_words(tiles, index)}", picture_of(tiles.images[index]))]
+    first = [(f"the tile: {tile_words(tiles, index)}", gallery_picture(index))]
     return figure_row(first + [(f"patches, {NAMES[n]}", picture_of(_colors(n, index))) for n in others]) + "".join(_neighbors_row(n, index) for n in others)
 
 # %% ../../nbs/vision/51_gpfm_views.ipynb #b3296afa
@@ -154,7 +161,7 @@ def _neighbors_row(name: str, index: int) -> str:
     found = nearest(features, features[index], 5, leave_out=index)
     same = sum(all(int(tiles.factors[f][i]) == int(tiles.factors[f][index]) for f in ("architecture", "deposit")) for i in found)
     head = f'<p style="margin:.2rem 0"><b>Nearest by {html.escape(NAMES[name])}</b>: {same} of 5 with the same architecture and deposit</p>'
-    return head + figure_row([(tile_words(tiles, int(i)), picture_of(tiles.images[int(i)], 96)) for i in found], "7rem")
+    return head + figure_row([(tile_words(tiles, int(i)), gallery_picture(int(i), 96)) for i in found], "7rem")
 
 # %% ../../nbs/vision/51_gpfm_views.ipynb #e862b498
 @lru_cache(maxsize=1)
@@ -162,7 +169,8 @@ def shipped_scores() -> dict[str, dict[str, float]]:
     "Encoder -> task -> score, from the card."
     return load_checkpoint(shipped_folder("gpfm"), COMMAND)[1]["metrics"]
 
-# %% ../../nbs/vision/51_gpfm_views.ipynb #7a9b4d4f
+# %% ../../nbs/vision/51_gpfm_views.ipynb #542fc7ee
+@lru_cache(maxsize=32)
 def task_chart(
     task: str = "average rank",  # or one of TASKS, or "mean"
 ) -> str:  # HTML with one picture
