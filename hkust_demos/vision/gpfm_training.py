@@ -246,10 +246,9 @@ def train_step(
 ) -> dict[str, float]:  # terms of the step
     "Losses, gradients, clipping, AdamW, teacher."
     distiller = run.networks["distiller"].train()
-    frozen = run.step < config.freeze_last * config.steps
     for group in run.optimizer.param_groups:
-        group["lr"] = 0.0 if frozen and group["is_last"] else now["lr"] * group["rate"]
-        group["weight_decay"] = now["decay"] * group["decays"]
+        is_frozen = group["is_last"] and run.step < config.freeze_last * config.steps
+        group.update(lr=0.0 if is_frozen else now["lr"] * group["rate"], weight_decay=now["decay"] * group["decays"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1_000_003 * seed + run.step)  # of drop path
         terms = module(views.global_crops, views.local_crops, views.masks, teacher_temp=float(now["temperature"]), targets=views.targets)
