@@ -62,7 +62,7 @@ _VISION = [
             "Visual symptoms, written by a language model, serve as prompts that help CLIP to name a disease."),
     _method("gpfm", "GPFM", "vision/40_gpfm", 2025, "Nature Biomedical Engineering", "https://arxiv.org/abs/2407.18449",
             "A generalizable pathology foundation model using a unified knowledge distillation pretraining framework",
-            "One pathology model distilled from several expert models serves many slide tasks."),
+            "One pathology model distilled from several expert models serves many slide tasks.", ready=True),
 ]
 
 # %% ../nbs/00_catalog.ipynb #7b41a6f7

@@ -22,6 +22,8 @@ from ..data.he_phantom import TileSet, he_phantom
 from ..data.slides import tile_image
 from .encoder_files import load_encoder
 from .encoders import EncoderOutput, Expert, ViTEncoder, check_tiles, extract_features, resize_patches
+from .probes import average_ranks, knn_probe, linear_probe, nemenyi_cd, retrieval_accuracy
+from .slide_heads import ABMIL, concordance_index, fit_abmil, nll_survival_loss
 
 # %% ../../nbs/vision/40_gpfm.ipynb #57fe1e6b
 class ProjectionHead(nn.Module):
