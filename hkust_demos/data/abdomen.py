@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORGANS', 'WINDOW', 'SITES', 'PARTS', 'NAMES', 'PRESENT', 'BOTH_KIDNEYS', 'PANCREAS', 'N_BOWEL', 'N_TUBE', 'WARP',
-           'KNOTS', 'FIELD_MM', 'HEIGHT_MM', 'DISC', 'Site', 'PhantomSet', 'check_whole', 'abdomen_phantom',
-           'PhantomVolume', 'abdomen_volume']
+           'KNOTS', 'FIELD_MM', 'HEIGHT_MM', 'DISC', 'Site', 'PhantomSet', 'site_organs', 'check_whole',
+           'abdomen_phantom', 'PhantomVolume', 'abdomen_volume']
 
 # %% ../../nbs/data/30_abdomen.ipynb #337156ce
 from collections.abc import Sequence
@@ -174,23 +174,34 @@ class PhantomSet:
         groups = None if self.groups is None else self.groups[chosen]
         return PhantomSet(self.images[chosen], self.labels[chosen], self.task_ids[chosen], self.sites[chosen], self.source, groups)
 
+# %% ../../nbs/data/30_abdomen.ipynb #3c84fd56
+def site_organs(
+    site: int,  # 1 to 5
+    apart: float = 1.0,  # 0: every hospital alike; 1: as in SITES; more: further apart
+) -> np.ndarray:  # mean HU of the four organs
+    "Organ values of a site, moved away from the mean of the four that label."
+    if not 0 <= apart <= 4:
+        raise ValueError(f"apart is {apart}; it must lie between 0 and 4")
+    own, mean = np.array(SITES[site - 1].organs, float), np.mean([place.organs for place in SITES[:4]], 0)
+    return own + (apart - 1) * (own - mean)
+
 # %% ../../nbs/data/30_abdomen.ipynb #3c84fd57
-def _slices(site: int, seed: int, indices: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
+def _slices(site: int, seed: int, indices: Sequence[int], size: int, apart: float) -> tuple[np.ndarray, np.ndarray]:
     "Images (n, size, size) and labels of the candidates of one site, by number."
     place, streams = SITES[site - 1], [np.random.default_rng([seed, site, i]) for i in indices]
     patients = _stack([_draw(stream) for stream in streams])
     cuts = np.stack([stream.uniform(0.75, 1, len(NAMES) + 1) for stream in streams])
     reach = np.repeat(cuts[:, -1:], N_TUBE, 1)
-    hu, labels = _paint(patients, np.array(place.organs) + patients["organs"], size, cuts[:, :-1], reach)
+    hu, labels = _paint(patients, site_organs(site, apart) + patients["organs"], size, cuts[:, :-1], reach)
     noise = place.noise * np.stack([stream.standard_normal((size, size), np.float32) for stream in streams])
     return _window(_scan(hu, patients["grain"], noise, place.blur)), labels
 
 
-def _accepted(site: int, seed: int, n: int, size: int, least: int) -> tuple[np.ndarray, np.ndarray]:
+def _accepted(site: int, seed: int, n: int, size: int, least: int, apart: float) -> tuple[np.ndarray, np.ndarray]:
     "The first n candidates of a site that show its organ on at least `least` pixels."
     images, labels, start = [], [], 0
     while len(images) < n:
-        found, truth = _slices(site, seed, range(start, start + min(64, n - len(images) + 4)), size)
+        found, truth = _slices(site, seed, range(start, start + min(64, n - len(images) + 4)), size, apart)
         good = (truth == site).sum((1, 2)) >= least if site <= len(ORGANS) else np.ones(len(truth), bool)
         images, labels, start = [*images, *found[good]], [*labels, *truth[good]], start + len(found)
     return np.stack(images[:n]), np.stack(labels[:n])
@@ -207,7 +218,7 @@ def check_whole(
         raise ValueError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
     return int(value)
 
-
+# %% ../../nbs/data/30_abdomen.ipynb #e0cf987d
 def abdomen_phantom(
     n_per_site: int,  # slices of each site
     seed: int = 0,  # of everything random
@@ -216,13 +227,14 @@ def abdomen_phantom(
     sites: int | Sequence[int] = 4,  # how many, counted from 1, or their numbers; 5 is the one without contrast agent
     only_task: bool = True,  # keep only slices that show the organ which the site labels
     least: int = 10,  # pixels of that organ
+    apart: float = 1.0,  # how far apart the organ values of the sites lie; 1 is as in SITES
 ) -> PhantomSet:  # images, labels, task ids, sites; site by site
     "CT-like axial slices of the upper abdomen with four organs."
     n, seed, size = check_whole("n_per_site", n_per_site, 1, 100_000), check_whole("seed", seed, 0, 2**32 - 1), check_whole("size", size, 16, 512)
     numbers = range(1, check_whole("sites", sites, 1, 5) + 1) if isinstance(sites, (int, np.integer)) else [check_whole("sites", s, 1, 5) for s in sites]
     if not len(numbers):
         raise ValueError("sites is empty; name at least one of 1 to 5")
-    parts = [_accepted(site, seed, n, size, least if only_task else 0) for site in numbers]
+    parts = [_accepted(site, seed, n, size, least if only_task else 0, apart) for site in numbers]
     images, labels = (np.concatenate(column) for column in zip(*parts))
     site = np.repeat(np.array(numbers, np.int64), n)
     return PhantomSet(images[:, None], labels, np.where(site <= len(ORGANS), site, 0), site)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROTATIONS', 'FULL', 'FORMATS', 'REAL', 'TEXTS', 'TUNED', 'RECIPES', 'RIVALS', 'METRICS', 'PLACES', 'SETTINGS', 'LOOP',
-           'QUICK', 'ROTATION_WORDS', 'RECIPE_WORDS', 'TEXT_WORDS', 'BESIDE', 'text_variants', 'tune_variants',
-           'Laboratory', 'question_rows', 'run', 'picture', 'build_study', 'evidence', 'verdict']
+           'QUICK', 'SEEDLESS', 'ROTATION_WORDS', 'RECIPE_WORDS', 'TEXT_WORDS', 'BESIDE', 'text_variants',
+           'tune_variants', 'Laboratory', 'question_rows', 'run', 'picture', 'build_study', 'evidence', 'verdict']
 
 # %% ../../nbs/llm/22_rolora_study.ipynb #bbd49db7
 import copy
@@ -88,8 +88,8 @@ def _c4(tokenizer) -> Tensor:
 def _text(laboratory, name: str) -> Tensor:
     "Held-out rows of a text."
     if name == "python":
-        return laboratory.corpus["evaluation"][:1] if laboratory.quick else laboratory.corpus["evaluation"][::16][:4]
-    return {"wikitext": _wikitext, "c4": _c4}[name](laboratory.tokenizer)[::4][:2]
+        return laboratory.corpus["evaluation"][:1] if laboratory.quick else laboratory.corpus["evaluation"][::4][:16]
+    return {"wikitext": _wikitext, "c4": _c4}[name](laboratory.tokenizer)[::4][:8]
 
 # %% ../../nbs/llm/22_rolora_study.ipynb #6c3380a3
 class Laboratory:
@@ -309,6 +309,8 @@ def _needs() -> dict[str, str]:
     "Beginning of a variant -> set."
     return {f"{text}/": name for text, name in TEXTS.items() if name}
 
+SEEDLESS = tuple(f"{topic}/none" for topic in ("outliers", *TEXTS, "tune"))  # rows without a draw run once
+
 # %% ../../nbs/llm/22_rolora_study.ipynb #36fb5c0c
 def picture(table: pd.DataFrame):
     "Perplexity on the Python text as a multiple of full precision, by rotation and format."
@@ -327,7 +329,7 @@ def build_study(quick: bool = False) -> Study:
     baseline = {v: f"{v.split('/')[0]}/none/{v.split('/')[2]}" for v in variants if v.count("/") == 2 and not v.startswith("tune/")}
     baseline |= {v: f"tune/{RIVALS[v.split('/')[1]]}/{v.split('/')[2]}" for v in variants if v.startswith("tune/") and v.split("/")[1] in RIVALS}
     baseline = {v: b for v, b in baseline.items() if b in variants and b != v}
-    return Study("rolora", variants, METRICS, run, baseline=baseline, picture=picture, needs={} if quick else _needs())
+    return Study("rolora", variants, METRICS, run, baseline=baseline, picture=picture, **({} if quick else {"needs": _needs(), "once": SEEDLESS}))
 
 # %% ../../nbs/llm/22_rolora_study.ipynb #7f2d36f1
 ROTATION_WORDS = {"none": "no rotation", "r1": "R1", "r1r4": "R1 and R4", "r1r2r4": "R1, R2 and R4", "haar": "R1 (Haar) and R4"}

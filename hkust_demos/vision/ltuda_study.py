@@ -64,8 +64,9 @@ PLANS.update({f"why {name}": plan for name, plan in WHY.items()})
 PLANS.update({"cda long": Plan("cda", LONG, "cda"), "long pda": _pda(steps=LONG), "long stable": _pda("stable", LONG)})
 
 # %% ../../nbs/vision/21_ltuda_study.ipynb #2e4eb41c
-WORLDS = ("phantom", "patients")
-LIMIT = {"patients": ("background", "ignore", "ignore x3", "pseudo x3", "ignore+mix", "cda", "cda longer", "full+mix", "full+mix longer", "stable")}
+WORLDS = ("phantom", "patients", "apart")
+LIMIT = {"patients": ("background", "ignore", "ignore x3", "pseudo x3", "ignore+mix", "cda", "cda longer", "full+mix", "full+mix longer", "stable"),
+         "apart": ("ignore x3", "cda", "ignore x9", "cda x3", "full x3")}
 
 
 def all_variants() -> list[str]:
@@ -92,7 +93,7 @@ def world_data(world: str, seed: int, quick: bool) -> tuple[tuple, tuple]:  # (t
         make = lambda n, at, **more: semi_real_federation(n, at, size=48, slices=2, **more)
         train, test = make(1 if quick else 5, first), make(1 if quick else 8, first + 1, only_task=False)
     else:
-        make = lambda n, at, **more: abdomen_phantom(n, at, size=32, **more)
+        make = lambda n, at, **more: abdomen_phantom(n, at, size=32, apart=2.5 if world == "apart" else 1.0, **more)
         train, test = make(4 if quick else 10, first), make(3 if quick else 15, first + 1, only_task=False)
     return _tensors(train), _tensors(test)
 
@@ -129,8 +130,9 @@ BARS = {"background: unlabeled is none": "background", "partial labels only": "i
 
 def baselines(variants: list[str]) -> dict[str, str]:
     "Variant -> what it is compared with."
-    rival = lambda name: "ignore" if not PLANS[name].after else "cda long" if PLANS[name].steps == LONG else "cda longer"
-    pairs = {v: f"{v.split('/')[0]}/{rival(v.split('/')[1])}/linear" for v in variants}
+    first = {"apart": "ignore x3"}
+    rival = lambda world, name: first.get(world, "ignore") if not PLANS[name].after else "cda long" if PLANS[name].steps == LONG else "cda longer"
+    pairs = {v: f"{v.split('/')[0]}/{rival(*v.split('/')[:2])}/linear" for v in variants}
     return {v: other for v, other in pairs.items() if v != other and other in variants}
 
 # %% ../../nbs/vision/21_ltuda_study.ipynb #b188e670
@@ -152,12 +154,12 @@ def build_study(quick: bool = False) -> Study:
     return Study("ltuda", variants, METRICS, run, baseline=baselines(variants), picture=picture, needs=needs)
 
 # %% ../../nbs/vision/21_ltuda_study.ipynb #8d3d26b5
-PLAN_WORDS = {"background": "unlabeled is background", "ignore": "partial labels only", "ignore x3": "partial labels only, three times as long",
+PLAN_WORDS = {"background": "unlabeled is background", "ignore": "partial labels only", "ignore x3": "partial labels only, three times as long", "ignore x9": "partial labels only, nine times as long",
               "pseudo": "pseudo-labels", "pseudo x3": "pseudo-labels, three times as long", "ignore+mix": "partial labels, mixed",
-              "ignore+mix longer": "partial labels, mixed, longer", "cda": "CDA: pseudo-labels, mixed", "cda longer": "CDA, longer",
+              "ignore+mix longer": "partial labels, mixed, longer", "cda": "CDA: pseudo-labels, mixed", "cda longer": "CDA, longer", "cda x3": "CDA, three times as long",
               "pda": "CDA, then prototypes as released (LTUDA)", "stable": "CDA, then prototypes, stable form", "full": "full supervision",
               "full x3": "full supervision, three times as long", "full+mix": "full supervision, mixed", "full+mix longer": "full supervision, mixed, longer"}
-WORLD_WORDS = {"phantom": "Generated bellies, four sites", "patients": "Patients bent from one real CT", "large": "Generated bellies at 64 pixels"}
+WORLD_WORDS = {"phantom": "Generated bellies, four sites", "patients": "Patients bent from one real CT", "apart": "Generated bellies, hospitals 2.5 times as far apart"}
 
 # %% ../../nbs/vision/21_ltuda_study.ipynb #be51de01
 BESIDE = """Four sites label one organ each; one network learns all four. **Dice** measures overlap with the truth in percent, higher is better; HD95 is the
