@@ -18,8 +18,8 @@ from .examples import MAX_PICTURE_PIXELS, CollectionError, open_picture
 from .he_phantom import TileSet
 from .limits import ScanError, guarded
 
-# %% ../../nbs/data/35_slides.ipynb #45265ad4
-LEAST, MOST = 0.07, 0.25  # optical density below which all is glass, above which all is tissue
+# %% ../../nbs/data/35_slides.ipynb #883abef0
+LEAST, MOST = 0.08, 0.13  # optical density below which all is glass, above which all is tissue
 
 
 def tissue_mask(
@@ -182,6 +182,8 @@ def slide_places(
     "Where tiles with tissue lie."
     if level not in range(len(slide.levels)):
         raise ValueError(f"level is {level}; {slide.name} has levels 0 to {len(slide.levels) - 1}")
+    if size > min(slide.levels[level]):
+        raise ValueError(f"{slide.name}: level {level} has {slide.levels[level][0]} x {slide.levels[level][1]} pixels, less than one tile of {size}; choose a smaller tile or a lower level")
     places = grid_places(slide.levels[level], size, stride or size)
     mask, shrink = slide_mask(slide, size, level)
     kept = places[tissue_share(mask, places, size, shrink) >= min_tissue]
