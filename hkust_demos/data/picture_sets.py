@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SKIN_CLASSES', 'PH2_CLASSES', 'PH2_CRITERIA', 'DERM_CLASSES', 'DERM_CRITERIA', 'CHEST_FINDINGS', 'RSNA_CLASSES',
-           'ODIR_CLASSES', 'ICH_CLASSES', 'read_ham10000', 'read_isic2019', 'read_ph2', 'read_derm7pt',
-           'read_chestxray14', 'read_rsna_pneumonia', 'read_odir5k', 'read_head_ct', 'read_brain_mri', 'read_rsna_ich',
-           'read_med_ad']
+           'XRAY_CLASSES', 'ODIR_CLASSES', 'ICH_CLASSES', 'read_ham10000', 'read_isic2019', 'read_ph2', 'read_derm7pt',
+           'read_chestxray14', 'read_rsna_pneumonia', 'read_pneumonia_xray', 'read_odir5k', 'read_head_ct',
+           'read_brain_mri', 'read_rsna_ich', 'read_med_ad']
 
 # %% ../../nbs/data/09_picture_sets.ipynb #bca278ca
 import json
@@ -213,6 +213,21 @@ def read_rsna_pneumonia(root: Path, record: Record, part: str = "") -> OpenColle
     labels = _in_classes(table["class"], RSNA_CLASSES, "stage_2_detailed_class_info.csv")
     return OpenCollection(record, root, table.patientId.tolist(), labels, RSNA_CLASSES, _picture_reader(files), files=lambda: files, notes=tuple(notes),
                           group_source=[patients.get(name, "") for name in table.patientId])
+
+# %% ../../nbs/data/09_picture_sets.ipynb #bb31c0d3
+XRAY_CLASSES = ("normal", "pneumonia")
+_XRAY_PATIENT = re.compile(r"person(\d+)_|(?:NORMAL2-)?IM-(\d+)-")
+
+
+def read_pneumonia_xray(root: Path, record: Record, part: str = "") -> OpenCollection:
+    "Chest X-rays of children in the folders of the publisher, or of ViP's released code."
+    files = [path for side in ("train", "val", "test") for path in walk_files(root / side)]
+    sides, folders = ([path.relative_to(root).parts[k] for path in files] for k in (0, 1))
+    table = pd.DataFrame({"key": [path.relative_to(root).as_posix() for path in files], "label": [name.lower().removesuffix(" lung") for name in folders]})
+    labels = _in_classes(table.label, XRAY_CLASSES, root.name)
+    found = [_XRAY_PATIENT.match(path.name) for path in files]
+    patients = [f"{side}/{one[0].rstrip('_-')}" if one else "" for side, one in zip(sides, found)]
+    return _from_rows(record, root, table, files, "key", labels, XRAY_CLASSES, group_source=patients, official=np.array(sides, object))
 
 # %% ../../nbs/data/09_picture_sets.ipynb #f0acb1ad
 ODIR_CLASSES = tuple("NDGCAHMO")
