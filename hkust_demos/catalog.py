@@ -76,7 +76,7 @@ _FEDERATED = [
             "Clients whose annotations are incomplete are found out, corrected and weighted, and the shared segmentation recovers.", ready=True),
     _method("fedmlp", "FedMLP", "federated/30_fedmlp", 2024, "MICCAI", "https://arxiv.org/abs/2406.18995",
             "FedMLP: Federated Multi-Label Medical Image Classification Under Task Heterogeneity",
-            "Clients that label different diseases teach each other the missing classes through prototypes and pseudo-labels."),
+            "Clients that label different diseases teach each other the missing classes through prototypes and pseudo-labels.", ready=True),
 ]
 
 # %% ../nbs/00_catalog.ipynb #cf4b3342
