@@ -23,24 +23,17 @@ EMPTY = """() => [...document.querySelectorAll('[aria-label="Empty value"], .plo
 }).map(box => box.closest('.block')?.innerText || box.outerHTML.slice(0, 80))"""
 
 
-@pytest.fixture(scope="module")
-def opened(hub, browser):
-    "name -> a page that opened the app and noted console errors and requests that leave the machine; nobody clicked."
-    pages = {}
-
-    def open_app(name):
-        if name not in pages:
-            page = pages[name] = browser.new_page(viewport={"width": 1280, "height": 900})
-            page.console_errors, page.outside = [], []
-            page.on("console", lambda message: page.console_errors.append(message.text) if message.type == "error" else None)
-            page.on("pageerror", lambda error: page.console_errors.append(str(error)))
-            page.on("request", lambda request: None if request.url.startswith(("http://127.0.0.1", "data:", "blob:")) else page.outside.append(request.url))
-            page.goto(f"{hub.url}/{name}/")
-        return pages[name]
-
-    yield open_app
-    for page in pages.values():
-        page.close()
+@pytest.fixture(scope="module", params=ready_methods())
+def page(hub, browser, request):
+    "A page that opened the app and noted console errors and requests that leave the machine; nobody clicked. It is closed before the next one opens."
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.console_errors, page.outside = [], []
+    page.on("console", lambda message: page.console_errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.console_errors.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith(("http://127.0.0.1", "data:", "blob:")) else page.outside.append(request.url))
+    page.goto(f"{hub.url}/{request.param}/")
+    yield page
+    page.close()
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +42,12 @@ def client(hub):
     return functools.cache(lambda name: Client(f"{hub.url}/{name}/", verbose=False))
 
 
-@pytest.mark.parametrize("name", ready_methods())
-def test_the_finished_example_is_there_before_any_click(opened, name):
-    page = opened(name)
+def test_the_finished_example_is_there_before_any_click(page):
     page.wait_for_function(FINISHED, timeout=OPENING_MS)
     assert page.locator("#finished").count() == 1 and page.locator("#finished").is_visible()
 
 
-@pytest.mark.parametrize("name", ready_methods())
-def test_nothing_stands_empty_fails_leaves_the_machine_or_sticks_out_of_a_phone(opened, name):
-    page = opened(name)
+def test_nothing_stands_empty_fails_leaves_the_machine_or_sticks_out_of_a_phone(page):
     page.wait_for_function(FINISHED, timeout=OPENING_MS)
     page.wait_for_timeout(2500)  # what follows the first picture has come
     assert page.evaluate(EMPTY) == []
@@ -85,8 +74,8 @@ def test_live_answers_without_an_argument_and_follows_each_knob(client, name):
     first = page.predict(api_name="/live")
     assert first and knobs
     for knob, values in knobs.items():
-        answers = [page.predict(**{knob: value}, api_name="/live") for value in values[:3]]
-        assert len({str(answer) for answer in answers}) == len(values[:3]), f"{knob} changes nothing"
+        least, most = (page.predict(**{knob: value}, api_name="/live") for value in (values[0], values[-1]))
+        assert str(least) != str(most), f"{knob} changes nothing"
 
 
 @pytest.mark.slow

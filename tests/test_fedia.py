@@ -65,6 +65,14 @@ def test_counts_do_not_depend_on_batches_or_order():
     assert count_instances(stacked) == 2 and sum(map(count_instances, stacked)) == 3  # what the released code counts, and what is there
 
 
+def test_specks_do_not_count_where_a_smallest_size_is_set():
+    mask = np.zeros((12, 12), int)
+    mask[1:4, 1:4], mask[6, 6], mask[9, 1:3] = 1, 1, 1
+    assert [count_instances(mask, smallest=n) for n in (1, 2, 3, 9, 10)] == [3, 2, 1, 1, 0]
+    seen, given = mask.copy(), np.where(np.arange(12)[:, None] < 5, mask, 0)
+    assert annotation_completeness([given], [seen]) == pytest.approx(1 / 3) and annotation_completeness([given], [seen], smallest=3) == 1
+
+
 @pytest.mark.parametrize("labels, predictions", [([np.ones((3, 3))], []), ([np.ones((3, 3))], [np.ones((3, 4))]), ([np.full((3, 3), 2)], [np.ones((3, 3))])])
 def test_completeness_refuses(labels, predictions):
     with pytest.raises(ValueError, match="needed"):
@@ -197,6 +205,25 @@ def test_a_client_that_was_away_gets_the_mean_until_it_replies():
     assert two.keys() == {0, 2} and abs(sum(two.values()) - 1) < 1e-12
     noted(server, 3, {2: (0.4, 0.5), 0: (0.9, 0.5)})
     assert server.view(2).completeness == 0.4 and server.view(0).completeness == 0.2  # kept from the end of the warm-up
+
+
+def test_an_estimate_in_doubt_counts_as_the_mean_of_the_others_until_it_falls():
+    server, sizes = FedIAStrategy(2, doubt=1.5), {0: 5, 1: 5, 2: 5}
+    for r in (1, 2):
+        noted(server, r, {0: (0.2, 0.5), 1: (0.8, 0.5), 2: (9.0, 0.5)})
+    np.testing.assert_allclose([*server.weights(3, sizes).values()], completeness_weights([0.2, 0.8, 0.5], [0.5] * 3))
+    noted(server, 3, {0: (0.3, 0.5), 1: (0.9, 0.5), 2: (0.6, 0.5)})
+    np.testing.assert_allclose([*server.weights(4, sizes).values()], completeness_weights([0.2, 0.8, 0.6], [0.5] * 3))
+    noted(server, 4, {2: (0.1, 0.5)})
+    assert server.view(2).completeness == 0.6  # believed once, kept
+
+
+def test_nobody_believed_is_plain_averaging():
+    server = FedIAStrategy(2, doubt=1.5)
+    for r in (1, 2):
+        noted(server, r, {0: (1.1, 0.5), 1: (9.0, 0.5)})
+    server.view(0).completeness = 7.0
+    assert server.weights(3, {0: 4, 1: 6}) == {0: 4.0, 1: 6.0}
 
 
 def test_a_warm_up_that_is_too_short_goes_on_and_ends():

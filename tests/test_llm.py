@@ -356,6 +356,13 @@ def test_lm_eval_runs_a_task_from_a_local_file(tmp_path):
     assert run_lm_eval(model, tokenizer, [task], batch_size=2)["two_questions"]["acc"] == 1.0
 
 
+@pytest.mark.slow
+def test_lm_eval_refuses_a_name_that_it_does_not_know():
+    pytest.importorskip("lm_eval")
+    with pytest.raises((KeyError, ValueError)):
+        run_lm_eval(tiny_llama(), load_llm("smollm2-135m")[1], ["no_such_task"])
+
+
 def test_missing_lm_eval_is_a_sentence(monkeypatch):
     import builtins
     real = builtins.__import__

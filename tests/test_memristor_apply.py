@@ -365,11 +365,14 @@ def test_command_writes_report_and_pictures(digit_png, tmp_path, monkeypatch):
     assert json.loads(written[0].read_text())["settings"]["noise_kind"] == "range"
 
 
-def test_command_reads_a_shape(tmp_path):
+def test_command_reads_a_shape(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(apply, "figure_png", lambda figure: drawn.append(figure) or b"drawn once above")
     points = shipped.load_task("shapes").picture(120)
     np.savetxt(tmp_path / "shape.xyz", points)
     written = run(tmp_path / "shape.xyz", "--noise", "proportional:0.1", "--read-noise", "0", "--out", tmp_path / "out")  # a chip that was made above
     assert written[-1].name == "shape.png" and json.loads(written[0].read_text())["task"] == "shapes"
+    assert len(drawn) == len(written) - 1 == 4 and len(drawn[-1].axes) == 1
 
 
 def test_failed_commands_leave_nothing(tmp_path, digit_png):

@@ -119,9 +119,11 @@ def test_deep_supervision_is_what_plain_lacks(count_trainings, own_cache):
     assert len({call["lr"] for call in count_trainings}) == len({call["seed"] for call in count_trainings}) == 1
 
 
-@pytest.mark.parametrize("variant", ["shapes/static/float", "extruded/dynamic/ternary", "mnist-2x2/dynamic/ternary", "mnist/ablation/float-all",
-                                     "digits/ablation/no-deep-global", "digits/ablation/uncentered", "shapes/noise/range-15/ternary+bn",
-                                     "shapes/chip/range-15", "digits/tiles/6-one-day", "shapes/energy/levels-8", "digits/noise/stuck-5/float"])
+SLOW_ROWS = ["shapes/static/float", "mnist-2x2/dynamic/ternary", "shapes/noise/range-15/ternary+bn", "shapes/chip/range-15", "shapes/energy/levels-8"]
+
+
+@pytest.mark.parametrize("variant", ["extruded/dynamic/ternary", "mnist/ablation/float-all", "digits/ablation/no-deep-global", "digits/ablation/uncentered",
+                                     "digits/tiles/6-one-day", "digits/noise/stuck-5/float", *(pytest.param(row, marks=pytest.mark.slow) for row in SLOW_ROWS)])
 def test_rows_of_every_kind_run(variant):
     row = run(variant, 0, True)
     assert set(row) <= set(METRICS) and all(isinstance(value, float) for value in row.values())

@@ -1,4 +1,5 @@
 "The tools, each on small notebooks made here: what is right passes, and every check has an example that fails."
+import html
 import json
 import re
 import subprocess
@@ -275,9 +276,11 @@ def test_readme_is_built_and_found_stale(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "nbs").iterdir()] == ["index.ipynb"]
 
 
-def test_readme_names_dead_links_and_failures(tmp_path, capsys):
+def test_readme_names_dead_links_and_failures(tmp_path, capsys, monkeypatch):
     write(tmp_path / "nbs" / "index.ipynb", markdown("# Title\n\n![p](../gone.png)"))
-    assert build_readme.main(["--root", str(tmp_path)]) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(build_readme, "run_in_child", lambda *_, **options: None)  # a page of text has nothing to run
+        assert build_readme.main(["--root", str(tmp_path)]) == 1
     assert "gone.png" in capsys.readouterr().out
     write(tmp_path / "nbs" / "index.ipynb", markdown("# Title"), code("1 / 0"))
     assert build_readme.main(["--root", str(tmp_path)]) == 1
@@ -338,10 +341,14 @@ def test_docs_spare_a_folder_of_someone_else(site):
     assert (site.out / "thesis.txt").exists()
 
 
-def test_docs_of_this_project(tmp_path):
-    from hkust_demos.apps.reader import notebook_page
+def test_docs_of_this_project(tmp_path, monkeypatch):
+    "All pages and the links between them; their code without its colors, which is most of the work and holds no link."
+    from hkust_demos.apps import reader
 
-    assert build_docs.build(ROOT, tmp_path / "site", notebook_page) == []
+    monkeypatch.setattr(reader, "_code_html", lambda source: f"<pre>{html.escape(source)}</pre>")
+    reader._notebook_body.cache_clear()
+    assert build_docs.build(ROOT, tmp_path / "site", reader.notebook_page) == []
+    reader._notebook_body.cache_clear()
 
 
 # what the commands in the texts name
@@ -406,6 +413,7 @@ def test_budget_counts_processor_time_of_a_notebook_and_its_children(tmp_path):
     costs = json.loads((tmp_path / "build/budget/notebooks.json").read_text())
     assert costs["nbs/busy.ipynb"] > 0.55 and costs["nbs/child.ipynb"] > 0.55 and costs["nbs/asleep.ipynb"] < 0.5 and "imports" in costs
     write(tmp_path / "nbs" / "busy.ipynb", markdown(HEAD), code("1 / 0"))
+    (tmp_path / "nbs" / "child.ipynb").unlink(), (tmp_path / "nbs" / "asleep.ipynb").unlink()
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "busy.ipynb" in done.stderr
 

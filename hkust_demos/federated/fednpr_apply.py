@@ -48,9 +48,9 @@ class Plan:
     imbalance: float = 0.1  # images of the rarest class for each of the most frequent (dirichlet, digits)
     rounds: int = 30
     local_epochs: int = 2
-    lam: float = 0.3  # weight of NPR
+    lam: float = 0.05  # weight of NPR
     clusters: int = 4  # prototypes of a class
-    start: int = 10  # first round in which NPR counts
+    start: int = 0  # rounds before NPR counts
     size: int = 32  # pixels a side
     seed: int = 0
     folder: str = ""  # zip or folder of your own, for partition "folder"

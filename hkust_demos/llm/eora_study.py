@@ -341,7 +341,8 @@ def verdict(
     if not sizes:
         return "The rows that vary the calibration text were not run.", "Unknown until they are."
     few, many = sizes[:1], sizes[-1:]
-    return (f"SmolLM2-135M, rank 64, unseen {TEXT_WORDS[text]}: EoRA with its default shrinkage leaves a lower perplexity than plain SVD in "
+    chose = ", whose first part also chose the shrinkage" if text == "c4" else ""
+    return (f"SmolLM2-135M, rank 64, unseen {TEXT_WORDS[text]}{chose}: EoRA with its default shrinkage leaves a lower perplexity than plain SVD in "
             f"{_wins(table, text, sizes, 'eora-auto', 'svd')} settings (compressions times {few[0]:,} to {many[0]:,} calibration tokens), and than the RMS "
             f"rule in {_wins(table, text, sizes, 'eora-auto', 'rms')}.",
             f"Without shrinkage it needs text: ahead of SVD after {_wins(table, text, few, 'eora', 'svd')} compressions with {few[0]:,} tokens, "

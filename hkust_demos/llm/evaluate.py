@@ -281,9 +281,11 @@ def run_lm_eval(
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise RuntimeError("lm-eval is not installed; run: pip install 'hkust-demos[eval]'") from error
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    report = simple_evaluate(model=wrapped, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, bootstrap_iters=0)
+    known = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))  # a look into thousands of files, for names alone
+    report = simple_evaluate(model=wrapped, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, bootstrap_iters=0, task_manager=known)
     return {task: {key.split(",")[0]: value for key, value in row.items() if isinstance(value, (int, float))}
             for task, row in report["results"].items()}

@@ -138,7 +138,7 @@ def run_command(
 ) -> list[Path]:  # report and pictures
     "Run `hkust-demos memristor`."
     settings, (name, sample, doubts) = _settings_of(args), _read_input(args)
-    task = load_task(name, args.weights)
+    task = load_task(name, args.weights) if args.weights else load_task(name)  # the one that the chips of this process know
     chip, inputs = build_chip(task, settings), task.as_input(sample)
     page, layer = report_dict(chip, inputs, doubts=doubts), list(chip.layers)[-2]
     way = chip.through_tiles(inputs)

@@ -492,7 +492,7 @@ def verdict(
     fresh = table[table.seed.isin(JUDGED_LATER)].assign(lost=lambda t: 100 * (t.static - t.accuracy), saved=lambda t: 100 * t.budget_cut)
     mean = fresh.groupby("variant")[["lost", "saved"]].mean()
     digits, mnist, clouds = (mean.loc[f"{data}/dynamic/ternary"] for data in ("digits", "mnist", "shapes"))
-    return (f"On three fresh seeds exits save {digits.saved:.0f} % of the work for {digits.lost:.1f} points of accuracy on 8 x 8 digits, and "
+    return (f"On three fresh seeds, without device noise, exits save {digits.saved:.0f} % of the work for {digits.lost:.1f} points of accuracy on 8 x 8 digits, and "
             f"{mnist.saved:.0f} % for {mnist.lost:.1f} on MNIST; ternary weights survive noise that does not shrink with the conductance.",
             f"Every saving costs accuracy, clouds of points save {clouds.saved:.0f} %, batch norm recalibrated on the chip brings float weights most of "
             "the way back, and an 8-bit digital engine with the same exits is a hard rival.")
