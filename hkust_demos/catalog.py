@@ -62,7 +62,7 @@ _VISION = [
             "Visual symptoms, written by a language model, serve as prompts that help CLIP to name a disease.", ready=True),
     _method("gpfm", "GPFM", "vision/40_gpfm", 2025, "Nature Biomedical Engineering", "https://arxiv.org/abs/2407.18449",
             "A generalizable pathology foundation model using a unified knowledge distillation pretraining framework",
-            "One pathology model distilled from several expert models serves many slide tasks."),
+            "One pathology model distilled from several expert models serves many slide tasks.", ready=True),
 ]
 
 # %% ../nbs/00_catalog.ipynb #7b41a6f7
@@ -76,7 +76,7 @@ _FEDERATED = [
             "Clients whose annotations are incomplete are found out, corrected and weighted, and the shared segmentation recovers.", ready=True),
     _method("fedmlp", "FedMLP", "federated/30_fedmlp", 2024, "MICCAI", "https://arxiv.org/abs/2406.18995",
             "FedMLP: Federated Multi-Label Medical Image Classification Under Task Heterogeneity",
-            "Clients that label different diseases teach each other the missing classes through prototypes and pseudo-labels."),
+            "Clients that label different diseases teach each other the missing classes through prototypes and pseudo-labels.", ready=True),
 ]
 
 # %% ../nbs/00_catalog.ipynb #cf4b3342
