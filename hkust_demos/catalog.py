@@ -59,10 +59,10 @@ _VISION = [
             "One network learns all organs from data sets that label a few each, by aligning labeled and unlabeled pixels.", ready=True),
     _method("vip", "ViP", "vision/30_vip", 2024, "MICCAI", "https://arxiv.org/abs/2409.00341",
             "Aligning Medical Images with General Knowledge from Large Language Models",
-            "Visual symptoms, written by a language model, serve as prompts that help CLIP to name a disease."),
+            "Visual symptoms, written by a language model, serve as prompts that help CLIP to name a disease.", ready=True),
     _method("gpfm", "GPFM", "vision/40_gpfm", 2025, "Nature Biomedical Engineering", "https://arxiv.org/abs/2407.18449",
             "A generalizable pathology foundation model using a unified knowledge distillation pretraining framework",
-            "One pathology model distilled from several expert models serves many slide tasks."),
+            "One pathology model distilled from several expert models serves many slide tasks.", ready=True),
 ]
 
 # %% ../nbs/00_catalog.ipynb #7b41a6f7

@@ -226,5 +226,5 @@ def verdict(
     return (f"Painted lesions, toy CLIP, {seeds} seeds, macro-F1 in percent: untrained, symptoms {mean['zero/symptoms']:.0f} against names {mean['zero/names']:.0f}; with four pictures "
             f"a class ViP {at(4, 'vip')}, told wrong symptoms {at(4, 'vip-wrong')}, CoOp {at(4, 'coop-csc')}, linear probe {at(4, 'probe')}.{ph2}",
             f"One picture a class takes ViP to {at(1, 'vip')} from the {mean['zero/symptoms']:.0f} of no picture; with a hundred a class the linear probe reaches {at('all', 'probe')}, "
-            f"ViP {at('all', 'vip')} and ViP told wrong symptoms {at('all', 'vip-wrong')}: with labels enough, the symptoms no longer matter. Context alone "
-            f"({at(4, 'cop')} at four pictures) does what both parts together do.")
+            f"ViP {at('all', 'vip')} and ViP told wrong symptoms {at('all', 'vip-wrong')}: with labels enough, the symptoms no longer matter. The merge prompt alone "
+            f"({at(4, 'mep')} at four pictures) does what both parts together do.")
