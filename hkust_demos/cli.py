@@ -98,6 +98,15 @@ def _add_data(commands, wanted: str | None, options: dict) -> None:
         module.add_arguments(command)
         command.set_defaults(call=module.run_command)
 
+
+def _add_benchmark(commands, wanted: str | None, options: dict) -> None:
+    "The benchmark of encoders; its module is imported only for it."
+    command = commands.add_parser("benchmark", help="judge encoders: `benchmark pathology --encoders a,b --data DIR --out FOLDER`", **options)
+    if wanted == "benchmark":
+        module = importlib.import_module("hkust_demos.vision.tile_folders")
+        module.add_arguments(command)
+        command.set_defaults(call=module.run_command)
+
 # %% ../nbs/03_cli.ipynb #a013c3d8
 def build_parser(
     wanted: str | None = None,  # method whose options are needed; its command module is imported
@@ -109,6 +118,7 @@ def build_parser(
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_house_commands(commands, options)
     _add_data(commands, wanted, options)
+    _add_benchmark(commands, wanted, options)
     for name, method in METHODS.items():
         command = commands.add_parser(name, help=method.claim if method.ready else "coming", **options)
         command.set_defaults(call=lambda args: get_method(args.command))
