@@ -245,8 +245,8 @@ def test_retrain_rests_until_a_stop_has_arrived(page):
     with page.expect_request("**/cancel"):
         page.get_by_role("button", name="Stop", exact=True).press("Enter")
     expect(train).to_be_disabled()
-    page.unroute("**/cancel")
     held.pop().continue_()
+    page.unroute("**/cancel")
     expect(train).to_be_enabled(timeout=20_000)
     page.get_by_role("button", name="Stop", exact=True).press("Enter")  # an epoch that ended meanwhile may have written over its sentence
     page.get_by_text("The learners in use are the same as before").wait_for(timeout=20_000)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FONTS', 'CSS', 'MEDICAL', 'KNOWN_ERRORS', 'log', 'house_theme', 'mount_settings', 'header', 'footer',
-           'captioned_plot', 'plots_side_by_side', 'then_show', 'click_and_rest', 'OneResult', 'user_errors']
+           'captioned_plot', 'plots_side_by_side', 'then_show', 'click_and_rest', 'stop_and_say', 'OneResult',
+           'user_errors']
 
 # %% ../../nbs/apps/00_common.ipynb #6eaf16f6
 import os
@@ -108,6 +109,19 @@ def click_and_rest(
     running = button.click(*event, **options)
     turn(running.then, "true"), turn(running.failure, "true")
     return running
+
+
+# %% ../../nbs/apps/00_common.ipynb #c0b0b011
+def stop_and_say(
+    button: gr.Button,
+    running: gr.events.Dependency,  # what it stops
+    say: Callable,  # what was stopped, as values of the outputs
+    inputs: list | None,
+    outputs: list,
+) -> None:
+    "Wire a Stop button, endpoint `stop`, whose sentence a step under way cannot write over."
+    said = button.click(say, inputs, outputs, cancels=[running], api_name="stop")
+    said.then(say, inputs, outputs, api_visibility="private", show_progress="hidden")
 
 
 # %% ../../nbs/apps/00_common.ipynb #c0b0a005
