@@ -6,7 +6,7 @@
 __all__ = ['LABELS', 'ENSEMBLES', 'RETRAINED', 'KINDS', 'LIVE_KNOBS', 'SOURCES', 'warm_up', 'build']
 
 # %% ../../nbs/apps/20_d2ue.ipynb #fdee549f
-from .common import footer, header, needed_upload, then_show, user_errors
+from .common import click_and_rest, footer, header, needed_upload, stop_and_say, then_show, user_errors
 
 # %% ../../nbs/apps/20_d2ue.ipynb #fc3aa242
 import json
@@ -242,9 +242,9 @@ def _wire(painter, finished, scan, choices, trainer, start, outputs) -> None:
     gr.on([upload.change, frame.change, series.change], _inspect, [upload, frame, series], [index, about], api_name="inspect")
     then_show(start.click(_run, [*inputs, retrained, series], shown, api_name="run"), results)
     then_show(make.click(_download, [*inputs[:13], retrained, series], [archive], api_name="maps"), files)
-    training = train.click(_retrain, settings, [status, curves, choices[0], retrained], api_name="retrain")
+    training = click_and_rest(train, _retrain, settings, [status, curves, choices[0], retrained], api_name="retrain")
     then_show(training, curves_box)
-    stop.click(_stopped, None, [status], cancels=[training], api_name="stop")
+    stop_and_say(stop, training, _stopped, None, [status])
 
 # %% ../../nbs/apps/20_d2ue.ipynb #900d938f
 def build() -> gr.Blocks:

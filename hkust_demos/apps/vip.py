@@ -6,7 +6,7 @@
 __all__ = ['TEXT', 'LIVE_KNOBS', 'SOURCES', 'EMBEDDED', 'MODALITIES', 'LIMIT', 'warm_up', 'build']
 
 # %% ../../nbs/apps/65_vip.ipynb #a752d957
-from .common import footer, header, needed_upload, then_show, user_errors
+from .common import click_and_rest, footer, header, needed_upload, stop_and_say, then_show, user_errors
 
 # %% ../../nbs/apps/65_vip.ipynb #7b1387ba
 import json
@@ -238,9 +238,9 @@ def _wire(knobs, finished, reader, asker, trainer) -> None:
     name, modality, model, address, ask, said = asker
     ask.click(_ask, [text, name, modality, model, address], [text, said], api_name="ask")
     pictures, shots, method, epochs, train, stop, told, curve, table, archive, results = trainer
-    training = train.click(_train, [pictures, text, shots, method, epochs, clip], [told, curve, table, archive], api_name="train")
+    training = click_and_rest(train, _train, [pictures, text, shots, method, epochs, clip], [told, curve, table, archive], api_name="train")
     then_show(training, results)
-    stop.click(_stopped, None, [told], cancels=[training], api_name="stop")
+    stop_and_say(stop, training, _stopped, None, [told])
 
 # %% ../../nbs/apps/65_vip.ipynb #c2f6750b
 def build() -> gr.Blocks:
