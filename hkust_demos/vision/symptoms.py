@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Symptoms', 'BUILT_IN', 'MAX_WORDS', 'MAX_PHRASES', 'FIRST', 'SECOND', 'MAX_NEW', 'UNSEEN', 'REFUSALS',
-           'check_symptoms', 'shared_note', 'read_symptoms', 'load_symptoms', 'ChatEndpoint', 'ask_model', 'clean_item',
-           'reject', 'SymptomReport', 'SymptomGenerator', 'phrase_likelihood', 'sort_phrases']
+           'check_symptoms', 'check_phrases', 'shared_note', 'read_symptoms', 'load_symptoms', 'ChatEndpoint',
+           'ask_model', 'clean_item', 'reject', 'SymptomReport', 'SymptomGenerator', 'phrase_likelihood',
+           'sort_phrases']
 
 # %% ../../nbs/vision/35_symptoms.ipynb #d51791ad
 import json
@@ -47,10 +48,14 @@ def check_symptoms(
     if not isinstance(symptoms, Mapping) or set(symptoms) != set(class_names):
         known = list(symptoms) if isinstance(symptoms, Mapping) else type(symptoms).__name__
         raise ValueError(f"the symptoms are for {known}, the classes are {list(class_names)}; both must hold the same names")
-    for name, phrases in symptoms.items():
-        if not isinstance(phrases, (list, tuple)) or not 1 <= len(phrases) <= MAX_PHRASES or not all(isinstance(p, str) and p.strip() for p in phrases):
-            raise ValueError(f"the symptoms of {name!r} are {str(phrases)[:60]}; a list of 1 to {MAX_PHRASES} phrases is needed")
-    return {name: [" ".join(phrase.split()).rstrip(".") for phrase in symptoms[name]] for name in class_names}
+    return {name: check_phrases(name, symptoms[name]) for name in class_names}
+
+
+def check_phrases(name: str, phrases: Sequence[str]) -> list[str]:
+    "The phrases of one class, tidied; refuse what is no list of them."
+    if not isinstance(phrases, (list, tuple)) or not 1 <= len(phrases) <= MAX_PHRASES or not all(isinstance(p, str) and p.strip() for p in phrases):
+        raise ValueError(f"the symptoms of {name!r} are {str(phrases)[:60]}; a list of 1 to {MAX_PHRASES} phrases is needed")
+    return [" ".join(phrase.split()).rstrip(".") for phrase in phrases]
 
 
 def shared_note(

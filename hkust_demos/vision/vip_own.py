@@ -9,59 +9,27 @@ __all__ = ['PIXELS', 'MIN_PICTURES', 'TRAINERS', 'KIND', 'PROMPTS_COMMAND', 'MAX
 
 # %% ../../nbs/vision/34_vip_own.ipynb #c9363a93
 import json
-
-
 from collections.abc import Iterator, Mapping
-
-
 from dataclasses import dataclass, field
-
-
 from pathlib import Path
 
-
 import numpy as np
-
-
 import torch
-
-
 from torch import Tensor
 
-
 from ..checkpoints import check_free, load_checkpoint, save_checkpoint
-
-
 from ..data.skin import ImageSet, group_split, read_labelled
-
-
 from ..data.tables import read_table
-
-
 from ..files import safe_name
-
-
 from .aligned_towers import COMMAND as TOWERS_COMMAND
-
-
 from .aligned_towers import SIZE, AlignedTowers, align_towers, fresh_towers, phrase_means, save_towers, towers_preprocess
-
-
 from .clip_sources import load_clip, read_pictures
-
-
 from .clip_towers import encode_images
 
 # %% ../../nbs/vision/34_vip_own.ipynb #6496d2a0
 from .prompt_training import answer, check_features, confusion, few_shot_indices, linear_probe, scores, train_prompts
-
-
 from .symptoms import BUILT_IN, Symptoms, load_symptoms
-
-
 from .training import seeded
-
-
 from .vip import CoOp, ViPModel
 
 # %% ../../nbs/vision/34_vip_own.ipynb #82cc288f

@@ -9,78 +9,33 @@ __all__ = ['EXAMPLE_SHOTS', 'EXAMPLE_RATE', 'Reading', 'weighted_logits', 'read_
 
 # %% ../../nbs/vision/33_vip_views.ipynb #80d8ec65
 import base64
-
-
 import html
-
-
 import io
-
-
 import json
-
-
 import re
-
-
 from collections.abc import Callable, Mapping, Sequence
-
-
 from dataclasses import dataclass, field
-
-
 from functools import lru_cache
-
-
 from pathlib import Path
 
-
 import numpy as np
-
-
 import torch
-
-
 from matplotlib.figure import Figure
-
-
 from PIL import Image
-
-
 from torch import Tensor, nn
-
-
 from torch.nn import functional as F
 
 # %% ../../nbs/vision/33_vip_views.ipynb #43749d03
 from ..checkpoints import load_checkpoint, shipped_folder
-
-
 from ..data.lesion_world import DISEASES, disease_set
-
-
 from ..files import cache_dir
-
-
 from .clip_towers import encode_images
-
-
 from .prompt_training import few_shot_indices, fit_prompts
-
-
 from .symptoms import MAX_PHRASES, Symptoms, check_symptoms, load_symptoms, shared_note
-
-
 from .toy_clip import COMMAND, load_toy_clip, unknown_words
-
-
 from .tiles import tile_row
 from .training import seeded
-
-
 from .vip import ViPModel
-
-
 from ..viz import COLORS, PAPER, house_style, overlay
 
 # %% ../../nbs/vision/33_vip_views.ipynb #d1df504a
