@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FONTS', 'CSS', 'MEDICAL', 'KNOWN_ERRORS', 'log', 'house_theme', 'mount_settings', 'header', 'footer',
-           'captioned_plot', 'plots_side_by_side', 'then_show', 'click_and_rest', 'stop_and_say', 'OneResult',
-           'user_errors']
+           'captioned_plot', 'plots_side_by_side', 'then_show', 'click_and_rest', 'stop_and_say', 'needed_upload',
+           'OneResult', 'user_errors']
 
 # %% ../../nbs/apps/00_common.ipynb #6eaf16f6
 import os
@@ -123,6 +123,17 @@ def stop_and_say(
     said = button.click(say, inputs, outputs, cancels=[running], api_name="stop")
     said.then(say, inputs, outputs, api_visibility="private", show_progress="hidden")
 
+
+# %% ../../nbs/apps/00_common.ipynb #68c2d7a4
+def needed_upload(
+    upload: str | None,  # path of what was uploaded
+    source: str,  # the choice that asks for it
+    instead: str,  # the choice that needs none
+) -> str:
+    "The path; a sentence where there is none."
+    if not upload:
+        raise ValueError(f"the source is {source!r}, but no file was uploaded: add one, or choose {instead!r}")
+    return upload
 
 # %% ../../nbs/apps/00_common.ipynb #c0b0a005
 class OneResult:

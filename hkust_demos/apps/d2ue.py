@@ -6,7 +6,7 @@
 __all__ = ['LABELS', 'ENSEMBLES', 'RETRAINED', 'KINDS', 'LIVE_KNOBS', 'SOURCES', 'warm_up', 'build']
 
 # %% ../../nbs/apps/20_d2ue.ipynb #fdee549f
-from .common import click_and_rest, footer, header, stop_and_say, then_show, user_errors
+from .common import click_and_rest, footer, header, needed_upload, stop_and_say, then_show, user_errors
 
 # %% ../../nbs/apps/20_d2ue.ipynb #fc3aa242
 import json
@@ -60,9 +60,7 @@ def _painted(seed, kind, row, column, radius, contrast):
 def _uploaded(upload, index, frame, series=None):
     "A slice of the upload: scan, picture, no mask."
     from hkust_demos.data import scans
-    if not upload:
-        raise ValueError(f"the source is 'my scan', but no file was uploaded: add one, or choose '{SOURCES[0]}'")
-    scan = scans.read_scan(upload, frame=None if frame is None else int(frame), series=None if series is None else int(series))
+    scan = scans.read_scan(needed_upload(upload, "my scan", SOURCES[0]), frame=None if frame is None else int(frame), series=None if series is None else int(series))
     return scan, scans.square_cut(scan, "axial", int(index) if index is not None and index >= 0 and scan.array.ndim == 3 else None), None
 
 # %% ../../nbs/apps/20_d2ue.ipynb #a7249430

@@ -6,7 +6,7 @@
 __all__ = ['ENCODERS', 'LIVE_KNOBS', 'TASKS', 'LIMIT', 'EXAMPLE', 'LARGEST', 'warm_up', 'build']
 
 # %% ../../nbs/apps/86_gpfm.ipynb #d7be085f
-from .common import footer, header, then_show, user_errors
+from .common import footer, header, needed_upload, then_show, user_errors
 
 # %% ../../nbs/apps/86_gpfm.ipynb #ad76579f
 import json
@@ -62,9 +62,7 @@ def _region(source, upload, level):
     if source == EXAMPLE:
         rows = [np.concatenate([*gallery().images[i:i + 4].permute(0, 2, 3, 1).numpy()], 1) for i in (0, 4, 8)]
         return np.uint8(255 * np.concatenate(rows)), "painted"
-    if not upload:
-        raise ValueError(f"the source is 'my picture', but no file was uploaded: add one, or choose '{EXAMPLE}'")
-    with closing(open_slide(upload)) as slide:
+    with closing(open_slide(needed_upload(upload, source, EXAMPLE))) as slide:
         size = _shown_level(slide, int(level))
         return np.ascontiguousarray(slide.read(0, 0, size, int(level))), safe_name(Path(slide.name).stem)
 

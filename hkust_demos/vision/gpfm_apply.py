@@ -29,7 +29,7 @@ from .encoder_files import COMMAND, encoder_names, load_encoder
 from .encoders import SPECIALTIES, Concatenation, Handcrafted, PhotoExpert, extract_features
 from .gpfm_training import TrainConfig, pretrain
 from .gpfm_views import shipped_scores, write_example
-from .pathology_benchmark import judge
+from .pathology_benchmark import TASKS, judge
 from .specialists import train_specialist
 
 # %% ../../nbs/vision/42_gpfm_apply.ipynb #3ebe8c5c
@@ -202,7 +202,7 @@ def _steps_told(steps: int) -> Callable[[int, dict], None]:
 def train_shipped(
     folder: Path,
     *,
-    quick: bool = False,  # a few steps, for tests
+    quick: bool = False,  # a few steps and two tasks, for tests
 ) -> list[Path]:
     "Specialists, students and their scores."
     experts = {name: train_specialist(name, tile_mix(96 if quick else 1200, 2000), steps=4 if quick else 160) for name in SPECIALTIES}
@@ -211,7 +211,8 @@ def train_shipped(
         config = TrainConfig(**change, **({"steps": 4, "batch_size": 8} if quick else {}))
         found[name] = pretrain(tiles, {} if name == "self-only" else experts, config=config, on_step=_steps_told(config.steps)).encoder
     judged = {**found, "concat": Concatenation(experts), "random": load_encoder("random"), "handcrafted": Handcrafted()}
-    scores = {name: {task: round(one["score"], 4) for task, one in judge(encoder, 0, quick=quick).items()} for name, encoder in judged.items()}
+    tasks = ("density", "slide") if quick else TASKS
+    scores = {name: {task: round(one["score"], 4) for task, one in judge(encoder, 0, quick=quick, tasks=tasks).items()} for name, encoder in judged.items()}
     card = {"command": COMMAND, "data": "painted H&E tiles of laboratories 0 to 2; scores on laboratory 3", "seed": 0, "student": found["gpfm"].settings, "metrics": scores}
     return save_checkpoint(folder, {f"{name}.{key}": value for name, network in found.items() for key, value in network.state_dict().items()}, card)
 

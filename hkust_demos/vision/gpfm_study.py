@@ -187,7 +187,7 @@ def verdict(
     "What was measured, and where it does not hold; both from the table."
     means = {name: 100 * table[table.variant == name].set_index("seed")["mean"] for name in WORDS}
     best = max(SPECIALTIES, key=lambda name: means[name].mean())
-    ranks, seeds = painted_ranks(table).mean(1), len(means["gpfm"])
+    ranks, seeds = painted_ranks(table).mean(axis=1), len(means["gpfm"])
     order = ("first", "second", "third", "fourth", "fifth", "sixth", "last")[int(ranks.rank(method="min")["gpfm"]) - 1]
     gains = {name: means["gpfm"] - means[name] for name in ("self only", "expert only", "concat", "handcrafted")}
     measured = (f"Painted tiles, {seeds} seeds, mean of 13 tasks: GPFM {means['gpfm'].mean():.0f} %, best single expert {means[best].mean():.0f} %, "

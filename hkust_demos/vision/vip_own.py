@@ -56,7 +56,7 @@ from .clip_towers import encode_images
 from .prompt_training import answer, check_features, confusion, few_shot_indices, linear_probe, scores, train_prompts
 
 
-from .symptoms import BUILT_IN, Symptoms, check_symptoms, load_symptoms
+from .symptoms import BUILT_IN, Symptoms, load_symptoms
 
 
 from .training import seeded
@@ -113,7 +113,7 @@ def train_on_pictures(
         raise ValueError(f"method is {method!r}, epochs {epochs}, shots {shots}; use {', '.join(TRAINERS)}, 1 to 500 epochs, 0 shots or more")
     clip, tokenizer, preprocess = load_clip(source)
     lr = (0.1 if source == "toy" or isinstance(clip, AlignedTowers) else 0.002) if lr is None else lr
-    model = seeded(lambda: ViPModel(clip, tokenizer, check_symptoms(symptoms, data.names), data.names, **TRAINERS[method]), seed)
+    model = seeded(lambda: ViPModel(clip, tokenizer, symptoms, data.names, **TRAINERS[method]), seed)
     rival = seeded(lambda: CoOp(clip, tokenizer, data.names), seed)
     train, test = held_out(data, seed)
     if shots:
