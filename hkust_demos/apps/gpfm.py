@@ -82,7 +82,7 @@ def _shown_level(slide, level: int) -> tuple[int, int]:
 def _run(source=EXAMPLE, upload=None, level=0, size=64, min_tissue=0.3, encoder="GPFM", progress=gr.Progress()):
     "Tiles, patches and nearest gallery tiles of a region; (words, pictures, HDF5 file)."
     from hkust_demos.data.slides import tile_image
-    from hkust_demos.vision.gpfm_views import region_figures, write_features
+    from hkust_demos.vision.gpfm_views import region_features, region_figures, write_features
     progress(0.1, desc="looking for tissue")
     rgb, name = _region(source, upload, level)
     tiles = tile_image(rgb, int(size), min_tissue=float(min_tissue))
@@ -91,7 +91,7 @@ def _run(source=EXAMPLE, upload=None, level=0, size=64, min_tissue=0.3, encoder=
     progress(0.4, desc=f"{len(tiles)} tiles through the encoder")
     chosen = ENCODERS.get(encoder, encoder)
     words, pictures = region_figures(rgb, tiles, int(size), chosen)
-    path = write_features(Path(tempfile.mkdtemp()) / f"{name}-features.h5", tiles, chosen, name)
+    path = write_features(Path(tempfile.mkdtemp()) / f"{name}-features.h5", {name: region_features(tiles, chosen)}, encoder=chosen, size=int(size), level=int(level))
     return f"{words}\n\n{LIMIT}", pictures, str(path)
 
 # %% ../../nbs/apps/86_gpfm.ipynb #06bf4c3a

@@ -28,7 +28,7 @@ from ..data.slides import SUFFIXES, open_slide, read_tiles, slide_places
 from .encoder_files import COMMAND, encoder_names, load_encoder
 from .encoders import SPECIALTIES, Concatenation, Handcrafted, PhotoExpert, extract_features
 from .gpfm_training import TrainConfig, pretrain
-from .gpfm_views import shipped_scores, write_example
+from .gpfm_views import write_example, write_features
 from .pathology_benchmark import TASKS, judge
 from .specialists import train_specialist
 
@@ -109,21 +109,9 @@ def run_command(
     encoder, part = load_encoder(args.encoder), _part_folder(out, _settings(args, files))
     names = [path.name if path == Path(args.input) else path.relative_to(args.input).as_posix().replace("/", "__") for path in files]
     found = {name: _collect(path, part / f"{i:05d}.f32", encoder, args, _teller(name, i, len(files))) for i, (path, name) in enumerate(zip(files, names))}
-    _write(out, found, args)
+    write_features(out, found, encoder=args.encoder, size=args.size, level=args.level)
     shutil.rmtree(part)
     return [out]
-
-# %% ../../nbs/vision/42_gpfm_apply.ipynb #b56ef726
-def _write(out: Path, found: dict, args: Namespace) -> None:
-    "The HDF5 file, whole or not at all."
-    import h5py
-    fresh = Path(f"{out}.new")
-    with h5py.File(fresh, "w") as file:
-        file.attrs.update(encoder=args.encoder, tile_size=args.size, level=args.level)
-        for name, (features, places) in found.items():
-            group = file.create_group(name)
-            group["features"], group["coords"] = features, np.ascontiguousarray(places[:, ::-1])
-    fresh.replace(out)
 
 # %% ../../nbs/vision/42_gpfm_apply.ipynb #93696a2b
 def _teller(name: str, number: int, of: int) -> Callable[[int, int], None]:
