@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Inputs', 'ResidualBlock', 'TernaryResNet', 'ExitTeacher', 'train_network', 'evaluation_features', 'Ladder',
-           'DynamicNetwork', 'summarize', 'climb', 'program_network', 'tune_thresholds', 'make_dynamic',
+           'DynamicNetwork', 'summarize', 'climb', 'program_network', 'search_sets', 'tune_thresholds', 'make_dynamic',
            'chip_accuracy']
 
 # %% ../../nbs/memristor/10_dynamic2d.ipynb #79eeb4aa
@@ -58,7 +58,7 @@ class TernaryResNet(nn.Module):
         self,
         widths: Sequence[int] = (12, 24, 48),  # channels of each stage
         *,
-        blocks: int = 3,  # blocks a stage
+        blocks: int | Sequence[int] = 3,  # of each stage; one number for all, or one each
         in_size: int = 8,  # side of the images
         stem_stride: int = 1,  # 2 for 28 x 28 images
         n_classes: int = 10,
@@ -84,17 +84,18 @@ class TernaryResNet(nn.Module):
         return self.logit_scale * self.head(images.mean((2, 3))), features
 
 # %% ../../nbs/memristor/10_dynamic2d.ipynb #96415e62
-def _make_blocks(widths: Sequence[int], blocks: int, quantize: bool) -> list[ResidualBlock]:
+def _make_blocks(widths: Sequence[int], blocks: int | Sequence[int], quantize: bool) -> list[ResidualBlock]:
     "Stages of blocks; each stage but the first begins by halving the picture."
-    n_in = [widths[0], *widths]
+    n_in, counts = [widths[0], *widths], [blocks] * len(widths) if isinstance(blocks, int) else blocks
     return [ResidualBlock(n_in[stage + (index > 0)], width, stride=2 if stage and not index else 1, quantize=quantize)
-            for stage, width in enumerate(widths) for index in range(blocks)]
+            for stage, (width, count) in enumerate(zip(widths, counts)) for index in range(count)]
 
 # %% ../../nbs/memristor/10_dynamic2d.ipynb #8bf8d92d
-def _check_architecture(widths: Sequence[int], blocks: int, in_size: int, stem_stride: int, pool: int) -> None:
+def _check_architecture(widths: Sequence[int], blocks: int | Sequence[int], in_size: int, stem_stride: int, pool: int) -> None:
     "Refuse networks whose pictures vanish."
-    if not widths or min(widths) < 1 or blocks < 1:
-        raise ValueError(f"widths is {list(widths)} and blocks {blocks}; give at least one stage, with at least 1 channel and 1 block")
+    counts = [blocks] * len(widths) if isinstance(blocks, int) else list(blocks)
+    if not widths or min(widths) < 1 or len(counts) != len(widths) or min(counts) < 1:
+        raise ValueError(f"widths is {list(widths)} and blocks {blocks}; give at least one stage, each with at least 1 channel and 1 block")
     last = -(-in_size // (stem_stride * 2 ** (len(widths) - 1)))
     if not 1 <= pool <= last:
         raise ValueError(f"pool is {pool}; the last picture has a side of {last}, so 1 to {last} is allowed")
@@ -293,7 +294,15 @@ def program_network(
     return calibrate(chip, some) if config else chip
 
 
-def _search_set(inputs: Inputs, labels: Tensor, validation: tuple[Inputs, Tensor], search: str, augment, seed: int) -> list[tuple]:
+def search_sets(
+    inputs: Inputs,  # training inputs
+    labels: Tensor,
+    validation: tuple[Inputs, Tensor],
+    *,
+    search: str = "val+augmented",  # or "val"
+    augment: Callable[..., Tensor] | None = augment_digits,
+    seed: int = 0,
+) -> list[tuple]:
     "Sets of (inputs, labels) on which thresholds are searched."
     if search not in ("val", "val+augmented"):
         raise ValueError(f'search is {search!r}; choose "val" or "val+augmented"')
@@ -351,7 +360,7 @@ def make_dynamic(
     dynamic = DynamicNetwork(chip, memory, never, *costs, score, reads)
     if thresholds is not None:
         return dynamic
-    return tune_thresholds(dynamic, _search_set(inputs, labels, validation, search, augment, seed), method=method, tolerance=tolerance, seed=seed)
+    return tune_thresholds(dynamic, search_sets(inputs, labels, validation, search=search, augment=augment, seed=seed), method=method, tolerance=tolerance, seed=seed)
 
 # %% ../../nbs/memristor/10_dynamic2d.ipynb #0a1a2f6f
 def chip_accuracy(
