@@ -150,7 +150,7 @@ def ensemble_scores(
     return {score: np.concatenate(values) for score, values in found.items()}, {
         "cka": similar[~torch.eye(3, dtype=bool)].mean().item(), "mse": error.item(), "seconds": seconds}
 
-
+# %% ../../nbs/vision/16_d2ue_real.ipynb #bfca7f5d
 def row_scores(name: str, row: str, seed: int, quick: bool = False) -> np.ndarray:
     "Image scores of one row, such as plain/std or trivial/pca16."
     kind, score = row.split("/")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'KINDS', 'SCORES', 'OPTIONS', 'METRICS', 'BARS', 'ROW_WORDS', 'COLUMN_WORDS', 'BACKBONES', 'BESIDE',
-           'all_variants', 'Pictures', 'judge', 'run', 'picture', 'build_study', 'evidence', 'verdict']
+           'BESIDE_REAL', 'REAL', 'REAL_WORDS', 'GAIN_WORDS', 'all_variants', 'Pictures', 'judge', 'run', 'picture',
+           'build_study', 'real_sets', 'difference', 'outcome', 'evidence', 'verdict']
 
 # %% ../../nbs/vision/11_d2ue_study.ipynb #99549474
 from functools import lru_cache, partial
@@ -129,7 +130,7 @@ def judge(
         found.update({f"image_auroc_{kind}": one["image_auroc"], f"brain_auroc_{kind}": one["pixel_auroc"]})
     return found
 
-
+# %% ../../nbs/vision/11_d2ue_study.ipynb #d2b10001
 def run(
     variant: str,  # from `all_variants` or on a real set
     seed: int,
@@ -161,7 +162,7 @@ def picture(table: pd.DataFrame):
                 title="Inserted lesions: D2UE beats the spread, residuals lead",
                 y_label="AUROC of pixels inside the head (0.5 is chance)", reference={"chance": 0.5})
 
-
+# %% ../../nbs/vision/11_d2ue_study.ipynb #d2b10002
 def build_study(quick: bool = False) -> Study:
     "The whole study; the quick form keeps the dense setting."
     if quick:
@@ -186,31 +187,86 @@ BESIDE = """Three small autoencoders see healthy brain slices only, once as they
 slices and 130 with an inserted lesion. Higher **AUROC** (the chance that a sick slice, or pixel, ranks above a healthy one) is better and 0.5
 is chance; a similarity of 1 means that learners describe a slice in the same way."""
 
+BESIDE_REAL = """Healthy pictures of some patients to learn from, healthy and sick ones of others to be judged, 64 pixels, gray, half the paper's channels. Each score is the
+image **AUROC**. ChestX-ray14 is judged within each view, since the view alone tells sick from healthy; mean brightness falls far below 0.5 there, so its opposite is the rival."""
+
 # %% ../../nbs/vision/11_d2ue_study.ipynb #51dc62d2
 def _cell(table: pd.DataFrame, variant: str, metric: str) -> str:
     "Mean and standard deviation of one row."
     return mean_and_spread(table[table.variant == variant][metric], digits=3)
 
+# %% ../../nbs/vision/11_d2ue_study.ipynb #d2b10004
+REAL = {"pneumonia": "PneumoniaMNIST", "odir": "ODIR-5K eyes", "chest": "ChestX-ray14"}
+REAL_WORDS = {"trivial/intensity": "mean brightness, no network", **ROW_WORDS, "rar/ensemble": "reconstruction error, pushed apart",
+              "plain/input": "spread of input gradients", "rar/input": "spread of input gradients, pushed apart"}
+GAIN_WORDS = {"d2ue-spread": "D2UE minus the plain spread of outputs", "d2ue-error": "D2UE minus the plain reconstruction error",
+              "d2ue-pca16": "D2UE minus 16 principal components", "d2ue-dsu": "D2UE minus the same map of plain learners",
+              "pushed-spread": "spread of outputs, pushed minus plain", "dsu-spread": "plain learners, their map minus their spread",
+              "pushed-error": "reconstruction error, pushed minus plain"}
 
+
+def real_sets(
+    table: pd.DataFrame,
+) -> list[str]:  # keys of REAL
+    "Real sets of which the table holds every difference."
+    there = set(table.variant)
+    return [name for name in REAL if {f"{name}/gain/{which}" for which in d2ue_real.GAINS} <= there]
+
+
+def difference(
+    table: pd.DataFrame,
+    name: str,  # a key of REAL
+    which: str,  # a key of GAIN_WORDS
+) -> tuple[float, float, float]:  # mean over seeds, and its interval over patients
+    "One difference of image AUROC."
+    return tuple(table[table.variant == f"{name}/gain/{which}"].iloc[0][["image_auroc", "low", "high"]])
+
+# %% ../../nbs/vision/11_d2ue_study.ipynb #d2b10005
+def outcome(
+    table: pd.DataFrame,
+    which: str,  # a key of GAIN_WORDS
+) -> str:
+    "On which real sets a difference is ahead, behind or neither, in words; empty without real rows."
+    found = {"ahead on": [], "behind on": [], "no difference shown on": []}
+    for name in real_sets(table):
+        mean, low, high = difference(table, name, which)
+        side = "ahead on" if low > 0 else "behind on" if high < 0 else "no difference shown on"
+        found[side].append(f"{REAL[name]} ({mean:+.2f}, {low:+.2f} to {high:+.2f})")
+    return "; ".join(f"{side} {' and '.join(names)}" for side, names in found.items() if names)
+
+
+def _real_tables(table: pd.DataFrame) -> str:
+    "Scores and differences on real sets; empty where none was run."
+    names = real_sets(table)
+    if not names:
+        return ""
+    head = [f"{REAL[n]}, {table[table.variant == f'{n}/rar/dsu'].seed.nunique()} seeds" for n in names]
+    scores = markdown_rows(["score, image AUROC", *head], [[words, *(_cell(table, f"{n}/{row}", "image_auroc") for n in names)] for row, words in REAL_WORDS.items()])
+    apart = [[words, *("{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference(table, n, which)) for n in names)] for which, words in GAIN_WORDS.items()]
+    return f"**Real pictures**\n\n{BESIDE_REAL}\n\n{scores}\n\n{markdown_rows(['difference, with its 95 % interval over patients', *(REAL[n] for n in names)], apart)}\n\n"
+
+# %% ../../nbs/vision/11_d2ue_study.ipynb #d2b10006
 def evidence(
     table: pd.DataFrame,  # of the study
 ) -> str:
-    "Tables in Markdown: all columns of the dense networks, then pixel AUROC of every network."
+    "Tables in Markdown: real pictures where they were run, all columns of the dense networks, pixel AUROC of every network."
     scores = markdown_rows(["score", *COLUMN_WORDS.values()],
                            [[words, *(_cell(table, f"dense/{row}", c) for c in COLUMN_WORDS)] for row, words in ROW_WORDS.items()])
     networks = markdown_rows(["network", *ROW_WORDS.values()],
                              [[words, *(_cell(table, f"{s}/{row}", "brain_auroc") for row in ROW_WORDS)] for s, words in BACKBONES.items()])
-    return f"{BESIDE}\n\n{scores}\n\n**Other networks, pixels inside the head (AUROC)**\n\n{networks}"
+    return f"{_real_tables(table)}**Inserted lesions**\n\n{BESIDE}\n\n{scores}\n\n**Other networks, pixels inside the head (AUROC)**\n\n{networks}"
 
 # %% ../../nbs/vision/11_d2ue_study.ipynb #b597e329
 def verdict(
     table: pd.DataFrame,
 ) -> tuple[str, str]:  # what was measured on what, where it does not hold
-    "Two sentences from the dense networks."
+    "Sentences from the real sets, where they were run, and from the dense networks."
     pixels, images = (table.groupby("variant")[metric].mean() for metric in ("brain_auroc", "image_auroc"))
     seeds = table[table.variant == "dense/rar/dsu"].seed.nunique()
-    return (f"Lesions inserted into slices of one averaged head, dense networks, {seeds} seeds: the map of pushed-apart learners locates pixels better "
+    spread, error = (f"{words} {outcome(table, which)}. " if real_sets(table) else "" for which, words in (
+        ("d2ue-spread", "Real pictures, image AUROC against the plain spread of outputs:"), ("d2ue-error", "On real pictures, against the plain reconstruction error:")))
+    return (f"{spread}Lesions inserted into slices of one averaged head, dense networks, {seeds} seeds: the map of pushed-apart learners locates pixels better "
             f"than the spread of outputs (AUROC {pixels['dense/rar/dsu']:.2f} against {pixels['dense/plain/std']:.2f}).",
-            f"The plain reconstruction error is ahead ({pixels['dense/plain/ensemble']:.2f}), 16 principal components without a network as well "
+            f"{error}On inserted lesions the plain reconstruction error is ahead ({pixels['dense/plain/ensemble']:.2f}), 16 principal components without a network as well "
             f"({pixels['dense/trivial/pca16']:.2f}), and learners left alone do better than pushed ones (image AUROC {images['dense/plain/dsu']:.2f} "
             f"against {images['dense/rar/dsu']:.2f}).")
