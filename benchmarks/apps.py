@@ -10,72 +10,25 @@ does not change. `run`: the endpoint /run without any argument. `memory`: reside
 import argparse
 import importlib
 import json
-import os
 import shutil
-import socket
 import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from itertools import cycle
 from pathlib import Path
 from statistics import median
 
-import psutil
+from _timing import COMMAND, Hub
 from gradio_client import Client
 from playwright.sync_api import sync_playwright
 
 from hkust_demos.catalog import METHODS, ready_methods
 
-COMMAND = [sys.executable, "-c", "import sys; from hkust_demos.cli import main; sys.exit(main())"]
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 LIMITS = {"opening_s": 3.0, "live_median_ms": 300, "live_worst_ms": 600}
 FINISHED = """() => [...document.querySelectorAll('#finished img, #finished svg')].some(picture => {
     const box = picture.getBoundingClientRect();
     return box.width >= 100 && box.height >= 40 && (picture.tagName !== 'IMG' || (picture.complete && picture.naturalWidth > 0));
 }) && performance.now()"""
-
-
-class Hub:
-    "A hub of its own, with one thread."
-
-    def __init__(self):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.running = subprocess.Popen([*COMMAND, "demo", "--port", str(port)], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-        self.process = psutil.Process(self.running.pid)
-
-    def wait(self) -> "Hub":
-        "Until it answers and its warming up has come to rest."
-        limit, idle = time.monotonic() + 180, 0
-        while idle < 4:
-            if self.running.poll() is not None or time.monotonic() > limit:
-                raise RuntimeError("the hub did not come up and rest within three minutes")
-            idle = idle + 1 if self.process.cpu_percent(0.5) < 15 and self._answers() else 0
-        return self
-
-    def _answers(self) -> bool:
-        "True once /health does."
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
-                return answer.status == 200
-        except (urllib.error.URLError, OSError):
-            return False
-
-    def _family(self) -> list[psutil.Process]:
-        "The server and its children."
-        return [self.process, *self.process.children(recursive=True)]
-
-    def cpu_s(self) -> float:
-        "CPU seconds so far."
-        return sum(sum(process.cpu_times()[:2]) for process in self._family())
-
-    def memory_mb(self) -> float:
-        "Resident megabytes."
-        return sum(process.memory_info().rss for process in self._family()) / 1e6
 
 
 def openings(browser, address: str, times: int) -> list[float]:
@@ -136,17 +89,12 @@ def main() -> None:
     if executable is None:
         parser.error("no Chromium found; `make browser` installs one where apt-get can")
     subprocess.run([*COMMAND, "prepare"], check=True, stdout=subprocess.DEVNULL)
-    hub, record = Hub(), {}
-    try:
-        hub.wait()
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
-            for name in args.methods or ready_methods():
-                record[name] = {key: round(value, 3) for key, value in measure(hub, browser, name, args.openings, args.moves).items()}
-            browser.close()
-    finally:
-        hub.running.terminate()
-        hub.running.wait()
+    record = {}
+    with Hub() as hub, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
+        for name in args.methods or ready_methods():
+            record[name] = {key: round(value, 3) for key, value in measure(hub, browser, name, args.openings, args.moves).items()}
+        browser.close()
     print(table(record))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

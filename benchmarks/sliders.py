@@ -12,15 +12,12 @@ import argparse
 import json
 import os
 import re
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-import psutil
+from _timing import Hub
 from gradio_client import Client
 
 CHOICES = dict(source="a test digit", network="8 x 8 pixels", pick="by its number", number=3, drawing=None, picture=None, shape="chair", which=0,
@@ -31,46 +28,19 @@ TASKS = {"digits": {}, "mnist": dict(network="28 x 28 pixels (MNIST)"), "shapes"
 NUMBERS = {"dynamic": r"([\d.]+)% right", "static": r"([\d.]+)% without", "work_saved": r"save (-?\d+)% of the work"}
 
 
-class Hub:
-    "A hub of its own, with one thread."
-
-    def __init__(self):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [str(Path(sys.executable).with_name("hkust-demos")), "demo", "--port", str(port)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        self.url = f"http://127.0.0.1:{port}/memristor/"
-        self.running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        self.process = psutil.Process(self.running.pid)
-
-    def wait(self) -> "Hub":
-        "Until the port is open and nothing is computed any more."
-        with_port, idle = time.monotonic() + 120, 0
-        while idle < 4:
-            if self.running.poll() is not None or time.monotonic() > with_port:
-                raise RuntimeError("the hub did not come up and rest within two minutes")
-            idle = idle + 1 if self.process.cpu_percent(0.5) < 15 and self.process.net_connections() else 0
-        return self
-
-    def cpu(self) -> float:
-        "Seconds so far."
-        return sum(self.process.cpu_times()[:2])
-
-
 def ask(hub: Hub, page: Client, api_name: str, **changed) -> tuple[dict[str, float], dict[str, float]]:
     "(numbers of the test set in percent, seconds) of one call."
-    cpu, begun, marks = hub.cpu(), time.perf_counter(), []
+    cpu, begun, marks = hub.cpu_s(), time.perf_counter(), []
     for text, *_ in page.submit(*{**CHOICES, **changed}.values(), api_name=api_name):
         marks.append(time.perf_counter() - begun)
     numbers = {name: float(re.search(pattern, text)[1]) for name, pattern in NUMBERS.items()}
-    return numbers, {"first_s": marks[0], "whole_s": marks[-1], "cpu_s": hub.cpu() - cpu}
+    return numbers, {"first_s": marks[0], "whole_s": marks[-1], "cpu_s": hub.cpu_s() - cpu}
 
 
 def knobs(hub: Hub, moves: int) -> dict:
     "Median and worst seconds of moves of the live knobs, on the default page; then of sliders for which nothing is prepared."
     from hkust_demos.apps.memristor import LIVE_KNOBS
-    page, found = Client(hub.url, verbose=False), {}
+    page, found = Client(f"{hub.url}/memristor/", verbose=False), {}
     for name, values in LIVE_KNOBS.items():
         took = [ask(hub, page, "/live", **{name: value})[1] for value in (values * moves)[:moves]]
         found[name] = {"median_s": median(one["whole_s"] for one in took), "worst_s": max(one["whole_s"] for one in took), "cpu_s": median(one["cpu_s"] for one in took)}
@@ -81,7 +51,7 @@ def knobs(hub: Hub, moves: int) -> dict:
 
 def compare(hub: Hub, chosen: dict, moves: int) -> dict:
     "Seconds and agreement of one task."
-    page = Client(hub.url, verbose=False)
+    page = Client(f"{hub.url}/memristor/", verbose=False)
     ask(hub, page, "/run", **chosen)
     ask(hub, page, "/live", **chosen, amount=0.31)
     asked = [[ask(hub, page, name, **chosen, amount=float(amount)) for name in ("/live", "/run")] for amount in np.linspace(0.06, 0.29, moves)]
@@ -97,9 +67,8 @@ def main() -> None:
     parser.add_argument("--moves", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("results/benchmark_sliders.json"))
     args = parser.parse_args()
-    record, hub = {"load_before": os.getloadavg()[0], "moves": args.moves}, Hub()
-    try:
-        hub.wait()
+    record = {"load_before": os.getloadavg()[0], "moves": args.moves}
+    with Hub() as hub:
         record["knobs"] = knobs(hub, 20)
         for name, row in record["knobs"].items():
             print(f"/live, {name}: median {1000 * row['median_s']:.0f} ms, worst {1000 * row['worst_s']:.0f} ms, {1000 * row['cpu_s']:.0f} ms of CPU", flush=True)
@@ -109,9 +78,6 @@ def main() -> None:
             print(f"{task}: accuracy after {usual['first_s']:.2f} s (worst {worst['first_s']:.2f}), charts after {usual['whole_s']:.2f} s (worst "
                   f"{worst['whole_s']:.2f}), {usual['cpu_s']:.2f} s of CPU; Run takes {found['ratio_cpu']:.1f}x the CPU; apart by "
                   + ", ".join(f"{name} {points:.1f}" for name, points in found["rms"].items()) + " points", flush=True)
-    finally:
-        hub.running.terminate()
-        hub.running.wait()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

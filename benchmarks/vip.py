@@ -17,11 +17,11 @@ import os
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from hkust_demos.data.lesion_world import DISEASES, disease_set
 from hkust_demos.vision.clip_towers import encode_images, encode_prompts, freeze
+from hkust_demos.vision.prompt_training import training_step
 from hkust_demos.vision.symptoms import load_symptoms
 from hkust_demos.vision.toy_clip import load_toy_clip
 from hkust_demos.vision.vip import ViPModel
@@ -44,15 +44,6 @@ def class_by_class(model: ViPModel) -> list[torch.Tensor]:
     "One pass a class."
     prompts = model.context(model.embeddings, model.order, model.owner)
     return [encode_prompts(model.clip, prompts[rows], model.mask[rows]) for rows in torch.arange(len(prompts)).split(model.sizes)]
-
-
-def step(model: ViPModel, features: torch.Tensor, labels: torch.Tensor, optimizer: torch.optim.Optimizer) -> float:
-    "One step of SGD."
-    loss = F.cross_entropy(model(features), labels)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.item()
 
 
 def leave_attention(clip: torch.nn.Module, trainable: bool) -> None:
@@ -99,21 +90,21 @@ def main() -> None:
 
     def with_gradients() -> float:
         leave_attention(clip, True)
-        loss = step(model, features, labels, optimizer)
+        loss = training_step(model, optimizer, features, labels)
         record["gradient_bytes_of_clip"] = sum(p.grad.numel() * 4 for p in clip.parameters() if p.grad is not None)
         leave_attention(clip, False)
         return loss
 
-    report("step", "a training step of 32 pictures, with gradients for CLIP's attention and without", with_gradients, lambda: step(model, features, labels, optimizer))
+    report("step", "a training step of 32 pictures, with gradients for CLIP's attention and without", with_gradients, lambda: training_step(model, optimizer, features, labels))
 
     merge = ViPModel(clip, tokenizer, load_symptoms("toy"), NAMES, context=False)
     merging = torch.optim.SGD(merge.parameters(), 1e-4)
 
     def anew() -> float:
         merge.kept = merge.encode(merge.embeddings)
-        return step(merge, features, labels, merging)
+        return training_step(merge, merging, features, labels)
 
-    report("frozen_context", "a step without context, text features in every step and once", anew, lambda: step(merge, features, labels, merging))
+    report("frozen_context", "a step without context, text features in every step and once", anew, lambda: training_step(merge, merging, features, labels))
     record["load_after"] = os.getloadavg()[0]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=2) + "\n")

@@ -103,7 +103,7 @@ def ready_methods() -> list[str]:
     "Names of the methods that are built and tested."
     return [name for name, method in METHODS.items() if method.ready]
 
-
+# %% ../nbs/00_catalog.ipynb #8f1d4753
 def markdown_table(
     root: str = "",  # path from the page to the root of the repository, such as "../"
 ) -> str:

@@ -78,7 +78,7 @@ def load_checkpoint(
     except SafetensorError as error:
         raise ValueError(f"weights.safetensors in {folder.name} is no file of weights{advice}") from error
 
-
+# %% ../nbs/05_checkpoints.ipynb #0331ecfa
 def _read_card(page: Path) -> dict:
     "The card as a dictionary."
     try:

@@ -62,9 +62,8 @@ def _demo(args: argparse.Namespace) -> list[Path]:
     return []
 
 # %% ../nbs/03_cli.ipynb #8af0b580
-def _add_house_commands(commands, options: dict) -> None:
-    "list, study, train, prepare and demo."
-    commands.add_parser("list", help="the methods, ready and coming", **options).set_defaults(call=_list)
+def _add_study(commands, options: dict) -> None:
+    "The options of `study`."
     study = commands.add_parser("study", help="run a method's study and store table and picture", **options)
     study.add_argument("method", help="name in the catalog")
     study.add_argument("--seeds", type=int, default=3, help="how many seeds")
@@ -72,6 +71,10 @@ def _add_house_commands(commands, options: dict) -> None:
     study.add_argument("--only", action="append", metavar="BEGINNING", help="run variants whose names begin so; may be given several times")
     study.add_argument("--quick", action="store_true", help="the small form of the notebook (default folder results-quick)")
     study.set_defaults(call=_study)
+
+
+def _add_train(commands, options: dict) -> None:
+    "The options of `train`."
     train = commands.add_parser("train", help="train the weights a demo ships", **options)
     train.add_argument("method", help="name in the catalog")
     train.add_argument("--data", default=None, help="your own training data, in the layout that the method's notebook tells")
@@ -79,12 +82,24 @@ def _add_house_commands(commands, options: dict) -> None:
     train.add_argument("--variant", default=None, help="which network, where a method offers several (d2ue: ae, aeu or memae)")
     train.add_argument("--epochs", type=int, default=None, help="passes over your data; the method's own number otherwise")
     train.set_defaults(call=_train)
-    commands.add_parser("prepare", help="convert the embedded model and compute the apps' first examples, into the cache", **options).set_defaults(call=_prepare)
+
+# %% ../nbs/03_cli.ipynb #e33db6b1
+def _add_demo(commands, options: dict) -> None:
+    "The options of `demo`."
     demo = commands.add_parser("demo", help="serve all apps on this machine", **options)
     demo.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine only")
     demo.add_argument("--port", type=int, default=7860, help="port to listen on")
     demo.add_argument("--root-path", default="", help="address below which a server in front offers it, such as /user/ann/proxy/7860")
     demo.set_defaults(call=_demo)
+
+# %% ../nbs/03_cli.ipynb #d522e6d2
+def _add_house_commands(commands, options: dict) -> None:
+    "list, study, train, prepare and demo."
+    commands.add_parser("list", help="the methods, ready and coming", **options).set_defaults(call=_list)
+    _add_study(commands, options)
+    _add_train(commands, options)
+    commands.add_parser("prepare", help="convert the embedded model and compute the apps' first examples, into the cache", **options).set_defaults(call=_prepare)
+    _add_demo(commands, options)
     federated = [name for name, method in METHODS.items() if method.family == "federated"]
     federate = commands.add_parser("federate", help=f"train over clients: `federate {federated[0]} ...` is the same as `{federated[0]} ...`", **options)
     federate.add_argument("method", choices=federated, help="whose options follow; see hkust-demos METHOD --help")

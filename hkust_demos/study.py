@@ -142,7 +142,7 @@ def _need(study: Study, variant: str) -> str | None:
     fitting = [beginning for beginning in study.needs if variant.startswith(beginning)]
     return study.needs[max(fitting, key=len)] if fitting else None
 
-
+# %% ../nbs/01_study.ipynb #37a832ca
 def _sources(study: Study) -> dict:
     "Set -> its source, or the sentence that it is not here; found out once for a study."
     if "_found" not in study.__dict__:
@@ -170,7 +170,7 @@ def _missing(study: Study) -> dict[str, list[str]]:
             absent.setdefault(source, []).append(variant)
     return absent
 
-
+# %% ../nbs/01_study.ipynb #3dd9b7d6
 def _several(names: list[str]) -> str:
     "One variant by name, or several by number."
     return f"{names[0]} was" if len(names) == 1 else f"{len(names)} variants ({names[0]}, ...) were"

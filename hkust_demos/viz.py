@@ -46,7 +46,7 @@ PAPER = {False: {"ink": "#1F2933", "soft": "#5F6B76", "grid": "#DDE3E8", "paper"
          True: {"ink": "#E6EAEE", "soft": "#A7B1BA", "grid": "#36424D", "paper": "#14191F"}}
 NEUTRALS = {False: ("#465666", "#94A5B5", "#7D6B57", "#B8A68A"), True: ("#B4C0CC", "#6F7F8F", "#C2B39B", "#8C7A66")}
 
-
+# %% ../nbs/02_viz.ipynb #e8af9276
 def variant_role(
     name: str,  # name of a variant
 ) -> str | None:  # key of COLORS, or "reference"; None without a role
@@ -217,6 +217,27 @@ def _strokes(names: Sequence[str], dark: bool) -> list[tuple]:
         seen[color] += 1
     return strokes
 
+# %% ../nbs/02_viz.ipynb #324b7834
+def _draw_series(panel, series: Mapping, bands: Mapping, dark: bool) -> list[tuple]:
+    "Lines and bands; (name, color, x, y) of each line, for its label."
+    drawn = []
+    for (name, (x, y)), (color, stroke) in zip(series.items(), _strokes([*series], dark)):
+        x, y = np.asarray(x, float), np.asarray(y, float)
+        panel.plot(x, y, color=color, linestyle=stroke, label=name, marker="o" if len(x) < 12 else None, markersize=4)
+        drawn.append((name, color, x, y))
+        if name in bands:
+            panel.fill_between(x, *(np.asarray(b, float) for b in bands[name]), color=color, alpha=0.18, linewidth=0)
+    return drawn
+
+# %% ../nbs/02_viz.ipynb #0519cd26
+def _draw_references(panel, reference: Mapping[str, float], ink: str) -> list[tuple]:
+    "Dashed lines across the panel; (name, color, x, y) of each where it meets the right edge."
+    for name, height in reference.items():
+        panel.axhline(height, color=ink, linestyle="--", linewidth=1.2, label=name)
+    panel.autoscale_view()
+    edge = np.array([panel.get_xlim()[1]])
+    return [(name, ink, edge, np.array([float(height)])) for name, height in reference.items()]
+
 # %% ../nbs/02_viz.ipynb #98a46a2b
 def lines(
     series: Mapping[str, tuple[Sequence, Sequence]],  # name -> (x, y)
@@ -236,21 +257,20 @@ def lines(
     with house_style(dark) as tone:
         figure, panel = _canvas(title, x_label, y_label, (6.1 + 0.075 * longest, 4))
         panel.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
-        drawn = []
-        for (name, (x, y)), (color, stroke) in zip(series.items(), _strokes([*series], dark)):
-            x, y = np.asarray(x, float), np.asarray(y, float)
-            panel.plot(x, y, color=color, linestyle=stroke, label=name, marker="o" if len(x) < 12 else None, markersize=4)
-            drawn.append((name, color, x, y))
-            if bands and name in bands:
-                panel.fill_between(x, *(np.asarray(b, float) for b in bands[name]), color=color, alpha=0.18, linewidth=0)
-        for name, height in (reference or {}).items():
-            panel.axhline(height, color=tone["ink"], linestyle="--", linewidth=1.2, label=name)
-        panel.autoscale_view()
-        edge = np.array([panel.get_xlim()[1]])
-        drawn += [(name, tone["ink"], edge, np.array([float(height)])) for name, height in (reference or {}).items()]
+        drawn = _draw_series(panel, series, bands or {}, dark)
+        drawn += _draw_references(panel, reference or {}, tone["ink"])
         if not _label_ends(panel, drawn):
             figure.legend(loc="outside lower center", ncols=3, fontsize=LABEL_SIZE)
         return figure
+
+# %% ../nbs/02_viz.ipynb #25eb1e4a
+def _write_values(panel, heights: np.ndarray, spread: np.ndarray, below: float, paper: str) -> None:
+    "Each value behind the whisker of its bar; to the left of the bars that end below a small negative number."
+    for index, height in enumerate(heights):
+        sign = -1 if height < below else 1
+        panel.annotate(f"{height:.3g}", (height + sign * spread[index], index), (4 * sign, 0), textcoords="offset points",
+                       va="center", ha="left" if sign > 0 else "right", fontsize=9, zorder=4,
+                       bbox=dict(facecolor=paper, edgecolor="none", pad=0.8))
 
 # %% ../nbs/02_viz.ipynb #12cd138c
 def bars(
@@ -267,16 +287,11 @@ def bars(
     with house_style(dark) as tone:
         figure, panel = _canvas(title, y_label, x_label, (7, 0.9 + 0.48 * len(values) + 0.3 * bool(reference)))
         names, heights = list(values), np.array(list(values.values()), float)
-        spread = np.array([(errors or {}).get(n, 0) or 0 for n in names], float)
-        colors = [variant_color(n, dark=dark) for n in names]
-        panel.barh(names, heights, xerr=np.nan_to_num(spread) if errors else None, color=colors, height=0.62,
+        spread = np.nan_to_num(np.array([(errors or {}).get(n, 0) or 0 for n in names], float))
+        panel.barh(names, heights, xerr=spread if errors else None, color=[variant_color(n, dark=dark) for n in names], height=0.62,
                    error_kw={"ecolor": tone["ink"], "capsize": 3, "elinewidth": 1})
         reach = np.nanmax(np.abs(heights), initial=1e-12)
-        for index, height in enumerate(heights):
-            sign = -1 if height < -0.02 * reach else 1
-            panel.annotate(f"{height:.3g}", (height + sign * np.nan_to_num(spread[index]), index), (4 * sign, 0), textcoords="offset points",
-                           va="center", ha="left" if sign > 0 else "right", fontsize=9, zorder=4,
-                           bbox=dict(facecolor=tone["paper"], edgecolor="none", pad=0.8))
+        _write_values(panel, heights, spread, -0.02 * reach, tone["paper"])
         for (name, height), stroke in zip((reference or {}).items(), ("--", ":", "-.") * len(reference or {})):
             panel.axvline(height, color=tone["ink"], linestyle=stroke, linewidth=1.2, label=f"{name}: {height:.3g}", zorder=3)
         if reference:

@@ -62,6 +62,24 @@ def browser():
         running.close()
 
 
+@pytest.fixture(scope="session")
+def watched(browser):
+    "Opens a page that notes its errors (`problems`) and the requests that leave the machine (`outside`); whoever opens it closes it."
+    local = ("http://127.0.0.1", "ws://127.0.0.1", "data:", "blob:")
+
+    def open_page(url=None, *, width=1280, height=900, spare=None):  # a console error with the word `spare` does not count
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.problems, page.outside = [], []
+        page.on("console", lambda message: page.problems.append(message.text) if message.type == "error" and not (spare and spare in message.text) else None)
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.on("request", lambda request: None if request.url.startswith(local) else page.outside.append(request.url))
+        if url:
+            page.goto(url)
+        return page
+
+    return open_page
+
+
 class Hub:
     "A running `hkust-demos demo`."
 

@@ -26,17 +26,13 @@ def stop_in_round(page, job, words):
     return told
 
 
-def watched_page(browser, url):
-    "(page, problems): console errors, exceptions and requests that leave the machine are noted as they come."
-    page, problems = browser.new_page(viewport={"width": 1366, "height": 768}), []
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(("http://127.0.0.1", "data:", "blob:")) else problems.append(request.url))
-    page.goto(url)
+def finished_page(watched, url):
+    "An app's page after its finished run came; nothing stands empty."
+    page = watched(url, width=1366, height=768)
     page.locator("#finished img").wait_for(timeout=60_000)
     page.wait_for_function("document.querySelector('#finished img').naturalWidth > 500", timeout=10_000)
     assert empty_boxes(page) == 0
-    return page, problems
+    return page
 
 
 def empty_boxes(page):
@@ -44,10 +40,10 @@ def empty_boxes(page):
     return page.locator(".empty:visible").count()
 
 
-def ends_on_a_phone(page, problems):
+def ends_on_a_phone(page):
     "The page fits a phone, warns, and nothing went wrong on the way."
     page.set_viewport_size({"width": 390, "height": 844})
     page.wait_for_timeout(500)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390 and page.get_by_text("Not for diagnosis").count()
     page.close()
-    assert problems == []
+    assert page.problems == [] and page.outside == []

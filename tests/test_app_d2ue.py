@@ -158,6 +158,7 @@ def test_other_numbers_of_learners_are_refused(client, n_learners):
 
 
 RETRAINED = "retrained on this page"
+EPOCH = re.compile(r"epoch ([2-9]|1\d) of 20")  # a page may miss one: it lasts a quarter of a second
 
 
 def test_a_page_trains_and_uses_its_own_learners(hub):
@@ -204,14 +205,9 @@ def test_trainings_that_cannot_be_are_sentences(client, settings):
 
 
 @pytest.fixture(scope="module")
-def page(hub, browser):
-    "The app's page, which notes errors and requests that leave the machine; the tests below use it one after the other."
-    page = browser.new_page(viewport={"width": 1280, "height": 1000})
-    page.problems, page.outside = [], []
-    page.on("console", lambda message: page.problems.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(("http://127.0.0.1", "data:", "blob:")) else page.outside.append(request.url))
-    page.goto(f"{hub.url}/d2ue/")
+def page(hub, watched):
+    "The app's page; the tests below use it one after the other."
+    page = watched(f"{hub.url}/d2ue/", height=1000)
     yield page
     page.close()
 
@@ -229,16 +225,43 @@ def test_the_page_opens_finished_and_without_empty_boxes(page):
     assert page.problems == []
 
 
-def test_a_person_trains_stops_and_trains_again_by_keyboard_and_sees_the_maps(page):
-    page.get_by_role("button", name="Retrain the learners").press("Enter")
+def expect(what):
+    "Playwright's patient assertions."
+    return pytest.importorskip("playwright.sync_api").expect(what)
+
+
+def starts_training(page):
+    "Press Retrain and wait for its second epoch or a later one."
     page.get_by_role("button", name="Retrain", exact=True).press("Enter")
-    page.get_by_text(re.compile(r"epoch ([2-9]|1\d) of 20")).first.wait_for(timeout=60_000)  # a page may miss one: it lasts a quarter of a second
+    page.get_by_text(EPOCH).first.wait_for(timeout=60_000)
+
+
+def test_retrain_rests_until_a_stop_has_arrived(page):
+    "On a busy machine that takes as long as an epoch, and the page would drop what is pressed meanwhile."
+    page.get_by_role("button", name="Retrain the learners").press("Enter")
+    train, held = page.get_by_role("button", name="Retrain", exact=True), []
+    page.route("**/cancel", lambda route: held.append(route))
+    starts_training(page)
+    with page.expect_request("**/cancel"):
+        page.get_by_role("button", name="Stop", exact=True).press("Enter")
+    expect(train).to_be_disabled()
+    held.pop().continue_()
+    page.unroute("**/cancel")
+    expect(train).to_be_enabled(timeout=20_000)
+    page.get_by_role("button", name="Stop", exact=True).press("Enter")  # an epoch that ended meanwhile may have written over its sentence
+    page.get_by_text("The learners in use are the same as before").wait_for(timeout=20_000)
+
+
+def test_a_person_trains_stops_and_trains_again_by_keyboard_and_sees_the_maps(page):
+    train = page.get_by_role("button", name="Retrain", exact=True)
+    starts_training(page)
     page.get_by_role("button", name="Stop", exact=True).press("Enter")
     page.get_by_text("The learners in use are the same as before").wait_for(timeout=20_000)
     page.wait_for_timeout(1500)  # an epoch takes a quarter of a second: a training that goes on would write over the sentence
     assert page.get_by_text("The learners in use are the same as before").count() == 1
     page.get_by_label("number input for Epochs").fill("1")
-    page.get_by_role("button", name="Retrain", exact=True).press("Enter")
+    expect(train).to_be_enabled(timeout=20_000)
+    train.press("Enter")
     page.get_by_text("3 learners trained for 1 epoch with").wait_for(timeout=60_000)
     assert page.get_by_role("radio", name="retrained on this page").is_checked()
     page.get_by_role("button", name="Examine").press("Enter")

@@ -10,7 +10,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from hkust_demos.apps.fedia import LIVE_KNOBS
-from federated_pages import chart, empty_boxes, ends_on_a_phone, new_page, stop_in_round, watched_page
+from federated_pages import chart, empty_boxes, ends_on_a_phone, finished_page, new_page, stop_in_round
 
 SETTINGS = dict(data="painted lesions", upload=None, clients=2, missing=0.8, images=4, few=2, rounds=3, epochs=1, warmup=2, correct_at=3, threshold=0.5, temperature=1.0, seed=0)
 VARIANTS = ["FedAvg", "FedIA"]
@@ -126,8 +126,8 @@ def test_a_stopped_run_can_be_asked(hub):
     assert "FedIA sees" in page.predict("a test slice", None, 0, "FedIA", api_name="/predict")[0]
 
 
-def test_a_person_slides_runs_and_asks_by_keyboard(hub, browser):
-    page, problems = watched_page(browser, f"{hub.url}/fedia/")
+def test_a_person_slides_runs_and_asks_by_keyboard(hub, watched):
+    page = finished_page(watched, f"{hub.url}/fedia/")
     page.get_by_label("range slider for Round of the finished run").press("ArrowLeft")
     page.get_by_text("Round 29 of 30").wait_for(timeout=30_000)
     page.get_by_role("tab", name="Federate").press("Enter")
@@ -141,4 +141,4 @@ def test_a_person_slides_runs_and_asks_by_keyboard(hub, browser):
     assert empty_boxes(page) == 0
     page.get_by_role("button", name="Ask", exact=True).press("Enter")
     page.get_by_text("the truth has").wait_for(timeout=60_000)
-    ends_on_a_phone(page, problems)
+    ends_on_a_phone(page)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from hkust_demos.apps.fedmlp import FINDINGS, LIVE_KNOBS, OWN
 from hkust_demos.catalog import METHODS
-from federated_pages import chart, empty_boxes, ends_on_a_phone, new_page, stop_in_round, watched_page
+from federated_pages import chart, empty_boxes, ends_on_a_phone, finished_page, new_page, stop_in_round
 
 pytestmark = pytest.mark.skipif(not METHODS["fedmlp"].ready, reason="FedMLP is not ready: the hub does not serve it yet")
 
@@ -149,8 +149,8 @@ def test_a_stopped_run_can_be_asked(hub):
     assert "FedMLP" in page.predict(api_name="/predict")[0]
 
 
-def test_a_person_slides_runs_stops_and_asks_by_keyboard(hub, browser):
-    page, problems = watched_page(browser, f"{hub.url}/fedmlp/")
+def test_a_person_slides_runs_stops_and_asks_by_keyboard(hub, watched):
+    page = finished_page(watched, f"{hub.url}/fedmlp/")
     page.get_by_label("range slider for Round of the finished run").press("ArrowLeft")
     page.get_by_text("Round 35 of 36").wait_for(timeout=30_000)
     page.get_by_role("tab", name="Federate").press("Enter")
@@ -164,4 +164,4 @@ def test_a_person_slides_runs_stops_and_asks_by_keyboard(hub, browser):
     assert empty_boxes(page) == 0
     page.get_by_role("button", name="Ask", exact=True).press("Enter")
     page.get_by_text("The truth:").wait_for(timeout=60_000)
-    ends_on_a_phone(page, problems)
+    ends_on_a_phone(page)

@@ -11,7 +11,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from hkust_demos.apps.fednpr import LIVE_KNOBS
-from federated_pages import chart, empty_boxes, ends_on_a_phone, new_page, stop_in_round, watched_page
+from federated_pages import chart, empty_boxes, ends_on_a_phone, finished_page, new_page, stop_in_round
 
 SETTINGS = dict(partition="painted skin, six true clinics", upload=None, clients=3, alpha=0.3, imbalance=0.1, images=30, seed=0, rounds=2, epochs=1, size=32,
                 lam=0.3, clusters=2, start=0)
@@ -202,8 +202,8 @@ def test_a_stopped_run_can_be_looked_into(hub):
     assert "After 1 of 1 rounds" in run(page, ["FedNPR"], rounds=1)[1]  # the place is free again
 
 
-def test_a_person_slides_runs_stops_and_asks_by_keyboard(hub, browser):
-    page, problems = watched_page(browser, f"{hub.url}/fednpr/")
+def test_a_person_slides_runs_stops_and_asks_by_keyboard(hub, watched):
+    page = finished_page(watched, f"{hub.url}/fednpr/")
     page.get_by_label("range slider for Round of the finished run").press("ArrowLeft")
     page.get_by_text("Round 29 of 30").wait_for(timeout=30_000)
     page.get_by_role("tab", name="Federate").press("Enter")
@@ -218,4 +218,4 @@ def test_a_person_slides_runs_stops_and_asks_by_keyboard(hub, browser):
     assert empty_boxes(page) == 0
     page.get_by_role("button", name="Ask", exact=True).press("Enter")
     page.get_by_text("the truth is NV").wait_for(timeout=60_000)
-    ends_on_a_phone(page, problems)
+    ends_on_a_phone(page)

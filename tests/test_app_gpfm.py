@@ -68,11 +68,8 @@ def test_too_large_a_picture_is_a_sentence(client, tmp_path):
         run(client, tmp_path / "wide.png")
 
 
-def test_a_person_moves_and_encodes_by_keyboard(hub, browser):
-    page, problems = browser.new_page(viewport={"width": 1366, "height": 768}), []
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.goto(f"{hub.url}/gpfm/")
+def test_a_person_moves_and_encodes_by_keyboard(hub, watched):
+    page = watched(f"{hub.url}/gpfm/", width=1366, height=768)
     page.locator("#finished img").first.wait_for(timeout=30_000)
     assert empty_boxes(page) == 0
     first = page.locator("#finished img").first.get_attribute("alt")
@@ -80,4 +77,4 @@ def test_a_person_moves_and_encodes_by_keyboard(hub, browser):
     page.wait_for_function(f"() => document.querySelector('#finished img').alt !== {first!r}", timeout=30_000)
     page.get_by_role("button", name="Encode", exact=True).press("Enter")
     page.get_by_text("12 tiles of 64 pixels").wait_for(timeout=60_000)
-    ends_on_a_phone(page, problems)
+    ends_on_a_phone(page)

@@ -162,11 +162,8 @@ def test_another_plane_is_turned(client, files, tmp_path):
     assert np.array_equal(nibabel.as_closest_canonical(nibabel.load(written[0])).get_fdata(), nibabel.as_closest_canonical(nibabel.load(straight[0])).get_fdata())
 
 
-def test_a_person_moves_segments_and_downloads_by_keyboard(hub, browser, files):
-    page, problems = browser.new_page(viewport={"width": 1280, "height": 1000}), []
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.goto(f"{hub.url}/ltuda/")
+def test_a_person_moves_segments_and_downloads_by_keyboard(hub, watched, files):
+    page = watched(f"{hub.url}/ltuda/", height=1000)
     page.locator("#finished img").first.wait_for(timeout=60_000)
     assert page.locator("#finished img:visible").count() == 10 and page.get_by_text("not for a clinical CT").first.is_visible()
     assert page.get_by_text("Label map (.nii.gz)").filter(visible=True).count() == 0
@@ -183,4 +180,4 @@ def test_a_person_moves_segments_and_downloads_by_keyboard(hub, browser, files):
     page.get_by_role("button", name="soft tissue: 40 / 400").press("Enter")
     page.wait_for_function("() => document.querySelector('[aria-label=\"number input for Window (HU)\"]').value === '400'", timeout=60_000)
     page.close()
-    assert problems == []
+    assert page.problems == [] and page.outside == []

@@ -384,14 +384,9 @@ def test_pages_do_not_share_what_they_look_at(server, client):
 
 
 @pytest.fixture(scope="module")
-def page(browser, server):
-    "A page that remembers errors and requests that leave the machine; the tests below use it one after the other."
-    page = browser.new_page(viewport={"width": 1366, "height": 768})
-    page.problems, page.outside = [], []
-    page.on("console", lambda message: page.problems.append(message.text) if message.type == "error" and "404" not in message.text else None)
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(("http://127.0.0.1", "data:", "blob:")) else page.outside.append(request.url))
-    page.goto(server.url)
+def page(watched, server):
+    "The app's page; the tests below use it one after the other."
+    page = watched(server.url, width=1366, height=768, spare="404")
     page.get_by_text("The chip says").wait_for(timeout=60_000)
     yield page
     page.close()

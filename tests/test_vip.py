@@ -13,10 +13,11 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from hkust_demos.vision.clip_sources import load_clip
 from hkust_demos.vision.clip_towers import encode_images, encode_prompts, text_features, token_table, tokenize
 from hkust_demos.vision.prompt_training import fit_prompts
-from hkust_demos.vision.symptoms import ChatEndpoint, SymptomGenerator, check_symptoms, load_symptoms, sort_phrases
+from hkust_demos.vision.symptoms import ChatEndpoint, SymptomGenerator, load_symptoms, sort_phrases
 from hkust_demos.vision.toy_clip import toy_tokenizer
 from hkust_demos.vision.training import seeded
 from hkust_demos.vision.vip import CoCoOp, CoOp, ContextPrompt, MergePrompt, ViPModel, zero_shot
+from hkust_demos.vision.vip_views import live_view
 
 NAMES = ["melanoma", "nevus"]
 TOLD = {"melanoma": ["jagged edge", "several colors", "dark dots"], "nevus": ["brown color"]}
@@ -178,10 +179,22 @@ def test_a_reordered_file_does_not_swap_classes(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match="no JSON"):
         load_symptoms(path)
+
+
+def test_a_phrase_of_two_classes_is_warned_about_once_and_where_the_file_is_loaded(tiny, tmp_path):
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps({"melanoma": ["brown color", "dark dots"], "nevus": ["brown color"]}))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        ViPModel(*tiny[:2], load_symptoms(path), NAMES)
+    assert [str(one.message) for one in heard] == ["'brown color' is listed for more than one class, so it cannot tell them apart"] and heard[0].filename == __file__
+
+
+def test_a_move_of_the_live_page_says_it_beside_the_answer_and_warns_nobody():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match="more than one class"):
-            check_symptoms({"a": ["x"], "b": ["x"]}, ["a", "b"])
+        words = live_view(text="melanoma: sharp edge, dark dots\nnevus: sharp edge, brown color")[1]
+    assert "'sharp edge' is listed for more than one class" in words
 
 
 class Endpoint:

@@ -99,6 +99,13 @@ def test_bad_options_are_sentences(home, options, words):
     assert not (home / "refused").exists()
 
 
+@pytest.mark.parametrize("text, words", [('{"melanoma": "brown", "nevus": []}', "symptoms of 'melanoma' are brown"), ('["melanoma"]', "at least two classes"), ("{", "is no JSON"), ("3", "at least two classes")])
+def test_a_bad_list_to_fall_back_on_is_a_sentence_before_anybody_is_asked(home, text, words):
+    (home / "classes.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        run(home, "--classes", str(home / "classes.json"), "--ask", "http://127.0.0.1:9/v1", out="refused")
+
+
 def test_bad_pictures_are_sentences(home):
     (home / "text.png").write_bytes(b"no picture")
     (home / "empty.png").write_bytes(b"")

@@ -5,8 +5,8 @@
     python tools/time_budget.py table        the costs of the notebooks and of the test files beside their budget
 
 CPU seconds, since wall time depends on what else the machine does. Each cost counts the process and the children it
-waited for. Imports of the big libraries are paid once, before the two workers part, and have a row of their own. The
-costs of the test files come from tests/conftest.py. The table informs; it fails nothing.
+waited for. Imports of the big libraries are paid once, before the two workers part, and have a row of their own. A room
+that one method alone imports counts as that method's. The costs of the test files come from tests/conftest.py. The table informs; it fails nothing.
 """
 import argparse
 import importlib
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from check_style import read_catalog
 from notebook_files import ROOT, directives, notebook_paths, read_notebook
+from package_imports import arrows
 
 FOLDER = Path("build") / "budget"  # ignored by git, below the root
 PAGE_S, SIDE_S, METHOD_NOTEBOOKS_S, METHOD_TESTS_S, SHARED_S = 45, 20, 90, 65, 360
@@ -83,15 +84,40 @@ def row_budgets(methods, modules):
     return rows
 
 
-def owner(name, methods, modules):
-    "The method that a notebook or a test file belongs to; None for shared rooms."
+def served_methods(imports, methods):
+    "Module -> the methods that reach it by imports from the modules of their own."
+    found = {}
+    for method in methods.values():
+        own = {module for module in imports if _named(module.rpartition(".")[2], methods) == [method.name]}
+        front = [*own, method.module, method.study, method.command, method.app]
+        reached = set()
+        while front:
+            module = front.pop()
+            if module not in reached:
+                reached.add(module)
+                front += imports.get(module, ())
+        for module in reached:
+            found.setdefault(module, set()).add(method.name)
+    return found
+
+
+def _named(stem, methods):
+    "The methods whose names a file carries."
+    return [method.name for method in methods.values() if re.search(rf"(^|_){method.name}(_|$)", stem)]
+
+
+def owner(name, methods, modules, served=None):
+    "The method that a notebook or a test file belongs to, alone in using it; None for shared rooms."
     for method in methods.values():
         if name == method.notebook or name in [modules.get(module) for module in (method.module, method.study, method.command, method.app)]:
             return method.name
     path = Path(name)
-    named = [method.name for method in methods.values() if re.search(rf"(^|_){method.name}(_|$)", path.stem)]
+    named = _named(path.stem, methods)
     if named or path.suffix == ".py":
         return named[0] if named else None
+    users = set().union(*((served or {}).get(module, ()) for module, notebook in modules.items() if notebook == name))
+    if len(users) == 1:
+        return users.pop()
     family = [method.name for method in methods.values() if method.family == path.parent.name]
     return family[0] if len(family) == 1 and re.match(r"[1-9]\d_", path.name) else None  # below ten is machinery
 
@@ -110,10 +136,10 @@ def part(title, costs, budget, rows):
     return [line(title, sum(costs.values()), budget, 1), *(line(re.sub(r"^(nbs|tests)/", "", name), costs[name], rows.get(name), 2) for name in names)]
 
 
-def table(notebooks, tests, methods, modules):
+def table(notebooks, tests, methods, modules, served=None):
     "The whole table as text."
     rows = row_budgets(methods, modules)
-    of = {name: owner(name, methods, modules) for name in [*notebooks, *tests]}
+    of = {name: owner(name, methods, modules, served) for name in [*notebooks, *tests]}
     lines = [f"{'time budget of make test, CPU seconds':46}{'cost':>8}{'budget':>8}"]
     for method in methods.values():
         mine, checks = ({name: cost for name, cost in costs.items() if of[name] == method.name} for costs in (notebooks, tests))
@@ -144,7 +170,9 @@ def main(argv=None):
     if args.what == "notebooks":
         os.chdir(root)
         return run_notebooks(root, args.n_workers, args.path, args.imports)
-    print(table(read_costs(root, "notebooks"), read_costs(root, "tests"), read_catalog(root), modules_of(root)))
+    methods = read_catalog(root)
+    served = served_methods(arrows(root / "hkust_demos"), methods)
+    print(table(read_costs(root, "notebooks"), read_costs(root, "tests"), methods, modules_of(root), served))
     return 0
 
 

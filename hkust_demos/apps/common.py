@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FONTS', 'CSS', 'MEDICAL', 'KNOWN_ERRORS', 'log', 'house_theme', 'mount_settings', 'header', 'footer',
-           'captioned_plot', 'plots_side_by_side', 'then_show', 'OneResult', 'user_errors']
+           'captioned_plot', 'plots_side_by_side', 'then_show', 'click_and_rest', 'stop_and_say', 'needed_upload',
+           'OneResult', 'user_errors']
 
 # %% ../../nbs/apps/00_common.ipynb #6eaf16f6
 import os
@@ -93,6 +94,46 @@ def then_show(
 ) -> gr.events.Dependency:
     "Show a box after the event that fills it has succeeded."
     return event.success(lambda: gr.Column(visible=True), None, [box], api_visibility="private", show_progress="hidden")
+
+# %% ../../nbs/apps/00_common.ipynb #c0b0b002
+def click_and_rest(
+    button: gr.Button,
+    *event,  # function, inputs and outputs of the click
+    **options,  # of the click
+) -> gr.events.Dependency:
+    "Wire a button that cannot be pressed while its event runs or is being stopped."
+    def turn(listener, on: str) -> None:
+        listener(None, None, [button], js=f"() => ({{__type__: 'update', interactive: {on}}})", api_visibility="private")
+
+    turn(button.click, "false")  # in the browser alone, and before the event
+    running = button.click(*event, **options)
+    turn(running.then, "true"), turn(running.failure, "true")
+    return running
+
+
+# %% ../../nbs/apps/00_common.ipynb #c0b0b011
+def stop_and_say(
+    button: gr.Button,
+    running: gr.events.Dependency,  # what it stops
+    say: Callable,  # what was stopped, as values of the outputs
+    inputs: list | None,
+    outputs: list,
+) -> None:
+    "Wire a Stop button, endpoint `stop`, whose sentence a step under way cannot write over."
+    said = button.click(say, inputs, outputs, cancels=[running], api_name="stop")
+    said.then(say, inputs, outputs, api_visibility="private", show_progress="hidden")
+
+
+# %% ../../nbs/apps/00_common.ipynb #68c2d7a4
+def needed_upload(
+    upload: str | None,  # path of what was uploaded
+    source: str,  # the choice that asks for it
+    instead: str,  # the choice that needs none
+) -> str:
+    "The path; a sentence where there is none."
+    if not upload:
+        raise ValueError(f"the source is {source!r}, but no file was uploaded: add one, or choose {instead!r}")
+    return upload
 
 # %% ../../nbs/apps/00_common.ipynb #c0b0a005
 class OneResult:

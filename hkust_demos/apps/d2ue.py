@@ -6,7 +6,7 @@
 __all__ = ['LABELS', 'ENSEMBLES', 'RETRAINED', 'KINDS', 'LIVE_KNOBS', 'SOURCES', 'warm_up', 'build']
 
 # %% ../../nbs/apps/20_d2ue.ipynb #fdee549f
-from .common import footer, header, then_show, user_errors
+from .common import click_and_rest, footer, header, needed_upload, stop_and_say, then_show, user_errors
 
 # %% ../../nbs/apps/20_d2ue.ipynb #fc3aa242
 import json
@@ -60,9 +60,7 @@ def _painted(seed, kind, row, column, radius, contrast):
 def _uploaded(upload, index, frame, series=None):
     "A slice of the upload: scan, picture, no mask."
     from hkust_demos.data import scans
-    if not upload:
-        raise ValueError(f"the source is 'my scan', but no file was uploaded: add one, or choose '{SOURCES[0]}'")
-    scan = scans.read_scan(upload, frame=None if frame is None else int(frame), series=None if series is None else int(series))
+    scan = scans.read_scan(needed_upload(upload, "my scan", SOURCES[0]), frame=None if frame is None else int(frame), series=None if series is None else int(series))
     return scan, scans.square_cut(scan, "axial", int(index) if index is not None and index >= 0 and scan.array.ndim == 3 else None), None
 
 # %% ../../nbs/apps/20_d2ue.ipynb #a7249430
@@ -244,9 +242,9 @@ def _wire(painter, finished, scan, choices, trainer, start, outputs) -> None:
     gr.on([upload.change, frame.change, series.change], _inspect, [upload, frame, series], [index, about], api_name="inspect")
     then_show(start.click(_run, [*inputs, retrained, series], shown, api_name="run"), results)
     then_show(make.click(_download, [*inputs[:13], retrained, series], [archive], api_name="maps"), files)
-    training = train.click(_retrain, settings, [status, curves, choices[0], retrained], api_name="retrain")
+    training = click_and_rest(train, _retrain, settings, [status, curves, choices[0], retrained], api_name="retrain")
     then_show(training, curves_box)
-    stop.click(_stopped, None, [status], cancels=[training], api_name="stop")
+    stop_and_say(stop, training, _stopped, None, [status])
 
 # %% ../../nbs/apps/20_d2ue.ipynb #900d938f
 def build() -> gr.Blocks:

@@ -6,7 +6,7 @@
 __all__ = ['DATA', 'VARIANTS', 'CHOSEN', 'LIVE_KNOBS', 'warm_up', 'build']
 
 # %% ../../nbs/apps/70_fedia.ipynb #1e36235f
-from .common import captioned_plot, footer, header, plots_side_by_side, user_errors
+from .common import captioned_plot, click_and_rest, footer, header, plots_side_by_side, stop_and_say, user_errors
 from .federated import STYLE, drawing, kept_run, room, run_archive, stopped, stored_run, train_and_tell, wire_live
 
 # %% ../../nbs/apps/70_fedia.ipynb #c57b2492
@@ -213,8 +213,8 @@ def _wire_run(settings, variants, buttons, outputs, places, kept) -> None:
     "Run, stop, files."
     (start, stop), (bar, text, *charts, make, files) = buttons, outputs
     settings[0].change(_fitting, settings[0], settings[1:6], api_name="fitting", queue=False)
-    running = start.click(_run, [*settings, variants], [bar, text, *charts, kept, places[0]], api_name="run", show_progress_on=[bar])
-    stop.click(_stopped, [kept], [bar, text], cancels=[running], api_name="stop")
+    running = click_and_rest(start, _run, [*settings, variants], [bar, text, *charts, kept, places[0]], api_name="run", show_progress_on=[bar])
+    stop_and_say(stop, running, _stopped, [kept], [bar, text])
     make.click(_download, [kept], [files, places[1]], api_name="files")
 
 # %% ../../nbs/apps/70_fedia.ipynb #6ca5eeb3

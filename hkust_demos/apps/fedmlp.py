@@ -6,7 +6,7 @@
 __all__ = ['FINDINGS', 'VARIANTS', 'CHOSEN', 'PAINTED', 'OWN', 'IMAGES', 'ROUNDS', 'STAGE1', 'LIVE_KNOBS', 'warm_up', 'build']
 
 # %% ../../nbs/apps/80_fedmlp.ipynb #1261b9e6
-from .common import captioned_plot, footer, header, plots_side_by_side, user_errors
+from .common import captioned_plot, click_and_rest, footer, header, plots_side_by_side, stop_and_say, user_errors
 from .federated import STYLE, drawing, kept_run, room, run_archive, stopped, stored_run, train_and_tell, wire_live
 
 # %% ../../nbs/apps/80_fedmlp.ipynb #491cb932
@@ -250,8 +250,8 @@ def _wire_run(blocks, shape, settings, variants, buttons, outputs, places, kept)
     gr.on([source.change, *(slider.release for slider in shape)], _fitting, [source, *shape], fitted, api_name="fitting", queue=False)
     moved = [widget.change for widget in (source, upload, uncertain, table, images, amplitude, seed)]
     gr.on([blocks.load, *moved], _labels, settings, [labels, notes, places[0]], api_name="labels", trigger_mode="always_last", show_progress="hidden")
-    running = start.click(_run, [*settings, variants], [bar, text, *charts, kept, places[1]], api_name="run", show_progress_on=[bar])
-    stop.click(_stopped, [kept], [bar, text], cancels=[running], api_name="stop")
+    running = click_and_rest(start, _run, [*settings, variants], [bar, text, *charts, kept, places[1]], api_name="run", show_progress_on=[bar])
+    stop_and_say(stop, running, _stopped, [kept], [bar, text])
     make.click(_download, [kept], [files, places[2]], api_name="files")
 
 # %% ../../nbs/apps/80_fedmlp.ipynb #e9217d9e

@@ -6,7 +6,7 @@
 __all__ = ['PARTITIONS', 'VARIANTS', 'CHOSEN', 'IMAGES', 'ROUNDS', 'LIVE_KNOBS', 'NATURAL', 'DRAWN', 'warm_up', 'build']
 
 # %% ../../nbs/apps/40_fednpr.ipynb #2428bf05
-from .common import captioned_plot, footer, header, plots_side_by_side, user_errors
+from .common import captioned_plot, click_and_rest, footer, header, plots_side_by_side, stop_and_say, user_errors
 from .federated import STYLE, drawing, kept_run, room, run_archive, stopped, stored_run, train_and_tell, wire_live
 
 # %% ../../nbs/apps/40_fednpr.ipynb #8f3b0f8c
@@ -329,8 +329,8 @@ def _wire_run(blocks, settings, variants, buttons, outputs, places, kept) -> Non
     blocks.load(_fitting, [partition, n_clients], [n_clients, alpha, imbalance, images, upload, settings[9]], api_visibility="private", queue=False)
     moved = [widget.change for widget in (partition, upload, n_clients, alpha, imbalance, images, seed, settings[9])]
     gr.on([blocks.load, *moved], _partition, settings, [split, notes, places[0]], api_name="partition", trigger_mode="always_last", show_progress="hidden")
-    running = start.click(_run, [*settings, variants], [bar, text, *charts, kept, places[1]], api_name="run", show_progress_on=[bar])
-    stop.click(_stopped, [kept], [bar, text], cancels=[running], api_name="stop")
+    running = click_and_rest(start, _run, [*settings, variants], [bar, text, *charts, kept, places[1]], api_name="run", show_progress_on=[bar])
+    stop_and_say(stop, running, _stopped, [kept], [bar, text])
     make.click(_download, [kept], [files, places[2]], api_name="files")
 
 # %% ../../nbs/apps/40_fednpr.ipynb #4bcf784c

@@ -6,7 +6,7 @@
 __all__ = ['ENCODERS', 'LIVE_KNOBS', 'TASKS', 'LIMIT', 'EXAMPLE', 'LARGEST', 'warm_up', 'build']
 
 # %% ../../nbs/apps/86_gpfm.ipynb #d7be085f
-from .common import footer, header, then_show, user_errors
+from .common import footer, header, needed_upload, then_show, user_errors
 
 # %% ../../nbs/apps/86_gpfm.ipynb #ad76579f
 import json
@@ -62,9 +62,7 @@ def _region(source, upload, level):
     if source == EXAMPLE:
         rows = [np.concatenate([*gallery().images[i:i + 4].permute(0, 2, 3, 1).numpy()], 1) for i in (0, 4, 8)]
         return np.uint8(255 * np.concatenate(rows)), "painted"
-    if not upload:
-        raise ValueError(f"the source is 'my picture', but no file was uploaded: add one, or choose '{EXAMPLE}'")
-    with closing(open_slide(upload)) as slide:
+    with closing(open_slide(needed_upload(upload, source, EXAMPLE))) as slide:
         size = _shown_level(slide, int(level))
         return np.ascontiguousarray(slide.read(0, 0, size, int(level))), safe_name(Path(slide.name).stem)
 
@@ -84,7 +82,7 @@ def _shown_level(slide, level: int) -> tuple[int, int]:
 def _run(source=EXAMPLE, upload=None, level=0, size=64, min_tissue=0.3, encoder="GPFM", progress=gr.Progress()):
     "Tiles, patches and nearest gallery tiles of a region; (words, pictures, HDF5 file)."
     from hkust_demos.data.slides import tile_image
-    from hkust_demos.vision.gpfm_views import region_figures, write_features
+    from hkust_demos.vision.gpfm_views import region_features, region_figures, write_features
     progress(0.1, desc="looking for tissue")
     rgb, name = _region(source, upload, level)
     tiles = tile_image(rgb, int(size), min_tissue=float(min_tissue))
@@ -93,7 +91,7 @@ def _run(source=EXAMPLE, upload=None, level=0, size=64, min_tissue=0.3, encoder=
     progress(0.4, desc=f"{len(tiles)} tiles through the encoder")
     chosen = ENCODERS.get(encoder, encoder)
     words, pictures = region_figures(rgb, tiles, int(size), chosen)
-    path = write_features(Path(tempfile.mkdtemp()) / f"{name}-features.h5", tiles, chosen, name)
+    path = write_features(Path(tempfile.mkdtemp()) / f"{name}-features.h5", {name: region_features(tiles, chosen)}, encoder=chosen, size=int(size), level=int(level))
     return f"{words}\n\n{LIMIT}", pictures, str(path)
 
 # %% ../../nbs/apps/86_gpfm.ipynb #06bf4c3a

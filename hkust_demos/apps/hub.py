@@ -74,7 +74,7 @@ def _measured(method: Method) -> str:
     return (f'<details><summary>What was measured here</summary><p>{html.escape(found["measured"])}</p>'
             f'<p><b>Where it does not hold:</b> {html.escape(found["limits"])}</p></details>')
 
-
+# %% ../../nbs/apps/90_hub.ipynb #f2af8bd1
 def _card(method: Method) -> str:
     "One card; only a ready method has links into the suite."
     page = method.notebook.removeprefix("nbs/").removesuffix(".ipynb")
@@ -102,7 +102,7 @@ def _notebook_names() -> dict[str, Path]:
 
 # %% ../../nbs/apps/90_hub.ipynb #3eb4b246
 def _add_pages(app: FastAPI) -> None:
-    "Index, health, pictures and notebooks."
+    "Index, health and icon."
     started = time.time()
 
     @app.get("/", response_class=HTMLResponse)
@@ -117,6 +117,9 @@ def _add_pages(app: FastAPI) -> None:
     def icon():
         return Response(ICON, media_type="image/svg+xml")
 
+# %% ../../nbs/apps/90_hub.ipynb #1a35d839
+def _add_lookups(app: FastAPI) -> None:
+    "Pictures and notebooks."
     @app.get("/gallery/{name}.png")
     def gallery(name: str):
         picture = files("hkust_demos") / "apps" / "gallery" / f"{name}.png"
@@ -179,6 +182,7 @@ def build_hub(
         return response
 
     _add_pages(app)
+    _add_lookups(app)
     for method in METHODS.values():
         if method.ready:
             blocks = _wait_in_line(importlib.import_module(method.app).build())

@@ -6,7 +6,7 @@
 __all__ = ['LIVE_KNOBS', 'SOURCES', 'CLASSIFIERS', 'NUMBERINGS', 'WINDOWS', 'LIMIT', 'warm_up', 'build']
 
 # %% ../../nbs/apps/60_ltuda.ipynb #8a34c3f6
-from .common import footer, header, then_show, user_errors
+from .common import footer, header, needed_upload, then_show, user_errors
 
 # %% ../../nbs/apps/60_ltuda.ipynb #1efca54b
 import json
@@ -55,10 +55,8 @@ def _found(source, upload, reference, numbering, frame, series, seed, site, clas
         return found, belly.label_array(), "generated"
     if source == SOURCES[1]:
         return *views.real_case(**chosen), "real"
-    if not upload:
-        raise ValueError(f"the source is 'my CT', but no file was uploaded: add one, or choose '{SOURCES[0]}'")
     number = lambda value: None if value is None else int(value)
-    found, truth = views.examine_file(upload, frame=number(frame), series=number(series), **chosen)
+    found, truth = views.examine_file(needed_upload(upload, "my CT", SOURCES[0]), frame=number(frame), series=number(series), **chosen)
     truth = views.read_reference(reference, found["LTUDA"], NUMBERINGS[numbering]) if reference else truth
     return found, truth, safe_name(Path(upload).name.split(".")[0])
 

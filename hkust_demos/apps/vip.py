@@ -6,7 +6,7 @@
 __all__ = ['TEXT', 'LIVE_KNOBS', 'SOURCES', 'EMBEDDED', 'MODALITIES', 'LIMIT', 'warm_up', 'build']
 
 # %% ../../nbs/apps/65_vip.ipynb #a752d957
-from .common import footer, header, then_show, user_errors
+from .common import click_and_rest, footer, header, needed_upload, stop_and_say, then_show, user_errors
 
 # %% ../../nbs/apps/65_vip.ipynb #7b1387ba
 import json
@@ -59,9 +59,7 @@ def _pixels(source, upload, disease, number):
     from hkust_demos.vision.vip_views import painted_lesion
     if source != SOURCES[1]:
         return painted_lesion(disease, int(number)), []
-    if not upload:
-        raise ValueError(f"the source is 'my picture', but no file was uploaded: add one, or choose '{SOURCES[0]}'")
-    pictures, notes = read_pictures([upload], 224)
+    pictures, notes = read_pictures([needed_upload(upload, source, SOURCES[0])], 224)
     return pictures[0], notes
 
 # %% ../../nbs/apps/65_vip.ipynb #e6512c17
@@ -120,12 +118,13 @@ def _labelled(upload, text):
     "Labeled pictures of a zip, or painted ones; symptoms of the text."
     from hkust_demos.data.lesion_world import DISEASES, disease_set
     from hkust_demos.data.skin import ImageSet, read_labelled
+    from hkust_demos.vision.symptoms import shared_note
     from hkust_demos.vision.vip_views import parse_symptoms
-    if upload:
-        data, notes = read_labelled(upload, size=224)
-        return data, parse_symptoms(text)[0], notes
+    symptoms = parse_symptoms(text)[0]
     images, labels, _ = disease_set(240, 11)
-    return ImageSet(images, labels, tuple(DISEASES), "240 painted lesions", labels * 0), parse_symptoms(text)[0], []
+    painted = ImageSet(images, labels, tuple(DISEASES), "240 painted lesions", labels * 0)
+    data, notes = read_labelled(upload, size=224) if upload else (painted, [])
+    return data, symptoms, [*notes, *filter(None, [shared_note(symptoms)])]
 
 
 def _result_words(result, source: str, notes) -> str:
@@ -239,9 +238,9 @@ def _wire(knobs, finished, reader, asker, trainer) -> None:
     name, modality, model, address, ask, said = asker
     ask.click(_ask, [text, name, modality, model, address], [text, said], api_name="ask")
     pictures, shots, method, epochs, train, stop, told, curve, table, archive, results = trainer
-    training = train.click(_train, [pictures, text, shots, method, epochs, clip], [told, curve, table, archive], api_name="train")
+    training = click_and_rest(train, _train, [pictures, text, shots, method, epochs, clip], [told, curve, table, archive], api_name="train")
     then_show(training, results)
-    stop.click(_stopped, None, [told], cancels=[training], api_name="stop")
+    stop_and_say(stop, training, _stopped, None, [told])
 
 # %% ../../nbs/apps/65_vip.ipynb #c2f6750b
 def build() -> gr.Blocks:

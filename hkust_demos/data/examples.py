@@ -292,11 +292,7 @@ class OpenCollection(_Seen):
     def own_split(self, train: Sequence[int], test: Sequence[int], val: Sequence[int] = (), note: str = "your own split") -> Split:
         "Your indices, refused where a picture, patient or lesion stands on both sides."
         sides = [np.asarray(side, int).reshape(-1) for side in (train, test, val)]
-        for held_out, others in ((sides[1], np.concatenate([sides[0], sides[2]])), (sides[2], sides[0])):
-            leaked = set(leaked_examples(self.groups, others, held_out)) | (set(held_out) & set(others))
-            if leaked:
-                raise LeakError(f"{self.name}: {len(leaked)} of {len(held_out)} held-out {self.kind} belong to a {self.record.group or 'picture'} "
-                                "that is also in training; use split, folds or official_split(clean=True)")
+        _refuse_leaks(self, *sides)
         return Split(sides[0], sides[1], note, sides[2])
 
     def folds(self, n_folds: int = 5, seed: int = 0, within: Sequence[int] | None = None) -> list[Split]:
@@ -307,17 +303,30 @@ class OpenCollection(_Seen):
 
     def split(self, share: float = 0.8, seed: int = 0, within: Sequence[int] | None = None) -> Split:
         "Train and test by group; `share` is the training side, in twentieths."
-        if not 0.05 <= share <= 0.95:
-            raise ValueError(f"share is {share}; it must be 0.05 to 0.95")
         chosen = np.arange(len(self)) if within is None else np.asarray(within, int)
-        n_groups = len(set(_group_numbers(self.groups[chosen])))
-        n_folds = min(20, n_groups)
-        is_train = deal_groups(self.groups[chosen], self.labels[chosen], n_folds, seed) < round(share * n_folds)
+        is_train = _train_side(self.groups[chosen], self.labels[chosen], share, seed)
         return self.own_split(chosen[is_train], chosen[~is_train], note=f"{share:.0%} for training, {_by(self)}")
 
     def official_split(self, clean: bool = False) -> Split:
         "The publisher's split, its leak counted; `clean` leaves the leaking test examples out."
         return _official(self, clean)
+
+# %% ../../nbs/data/07_examples.ipynb #4c02e452
+def _refuse_leaks(collection: OpenCollection, train: np.ndarray, test: np.ndarray, val: np.ndarray) -> None:
+    "A LeakError where a group or an example stands on both sides."
+    for held_out, others in ((test, np.concatenate([train, val])), (val, train)):
+        leaked = set(leaked_examples(collection.groups, others, held_out)) | (set(held_out) & set(others))
+        if leaked:
+            raise LeakError(f"{collection.name}: {len(leaked)} of {len(held_out)} held-out {collection.kind} belong to a {collection.record.group or 'picture'} "
+                            "that is also in training; use split, folds or official_split(clean=True)")
+
+# %% ../../nbs/data/07_examples.ipynb #0e410375
+def _train_side(groups: np.ndarray, labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    "(N,) whether each example trains."
+    if not 0.05 <= share <= 0.95:
+        raise ValueError(f"share is {share}; it must be 0.05 to 0.95")
+    n_folds = min(20, len(set(_group_numbers(groups))))
+    return deal_groups(groups, labels, n_folds, seed) < round(share * n_folds)
 
 # %% ../../nbs/data/07_examples.ipynb #6cba1d8b
 def _by(collection: OpenCollection) -> str:

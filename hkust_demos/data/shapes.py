@@ -549,7 +549,7 @@ def _plain_numbers(lines: list[bytes], has_axes: bool) -> tuple[list[bytes], boo
         raise ShapeError("has six whole numbers or three decimal commas on each line; name the columns in a heading, or save it with decimal points")
     return [line.replace(b",", b"." if is_decimal else b" ").replace(b";", b" ") for line in lines], is_decimal
 
-
+# %% ../../nbs/data/04_shapes.ipynb #37d90595
 def _text_points(data: bytes) -> tuple[Tensor, list[str]]:
     "x, y and z of each line in double precision (n, 3), and what was understood."
     text = data.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -654,6 +654,19 @@ def _text_layout(root: Path, split: str, n_classes: int) -> tuple[list[Path], li
         raise ShapeError(f"modelnet{n_classes}_{split}.txt lists {strange[:60]!r}, which is of no class in modelnet{n_classes}_shape_names.txt")
     return [root / kind / f"{entry}.txt" for entry, kind in zip(entries, kinds)], [names.index(kind) for kind in kinds], names
 
+# %% ../../nbs/data/04_shapes.ipynb #8c40ea2f
+def _layout(root: Path, split: str, n_classes: int) -> tuple[tuple[list[Path], list[int], list[str]], str]:
+    "Files, labels and names of a ModelNet, and the axis that points up in it."
+    if split not in ("train", "test") or n_classes not in (10, 40):
+        raise ValueError(f"split is {split!r}, n_classes {n_classes}; they must be 'train' or 'test', and 10 or 40")
+    if not root.is_dir():
+        raise ShapeError(f"{root.name}: no such folder")
+    is_text = (root / f"modelnet{n_classes}_{split}.txt").is_file()
+    found = _text_layout(root, split, n_classes) if is_text else _off_layout(root, split)
+    if not found[0]:
+        raise ShapeError(f"{root.name} holds neither class/{split}/*.off nor modelnet{n_classes}_{split}.txt; give the folder of the classes")
+    return found, "y" if is_text else "z"
+
 # %% ../../nbs/data/04_shapes.ipynb #c182bb7f
 class ModelNetFolder(torch.utils.data.Dataset):
     "ModelNet10 or 40 from a folder: item i is (points (n_points, 3), label)."
@@ -667,17 +680,8 @@ class ModelNetFolder(torch.utils.data.Dataset):
         n_classes: int = 40,  # which lists of the text layout, 10 or 40; the OFF layout has what it has
         seed: int = 0,
     ):
-        root = Path(root)
-        if split not in ("train", "test") or n_classes not in (10, 40):
-            raise ValueError(f"split is {split!r}, n_classes {n_classes}; they must be 'train' or 'test', and 10 or 40")
-        if not root.is_dir():
-            raise ShapeError(f"{root.name}: no such folder")
-        is_text = (root / f"modelnet{n_classes}_{split}.txt").is_file()
-        found = _text_layout(root, split, n_classes) if is_text else _off_layout(root, split)
-        self.files, self.labels, self.names = found[0], found[1], tuple(found[2])
-        if not self.files:
-            raise ShapeError(f"{root.name} holds neither class/{split}/*.off nor modelnet{n_classes}_{split}.txt; give the folder of the classes")
-        self.n_points, self.seed, self.up = n_points, seed, "y" if is_text else "z"
+        (self.files, self.labels, names), self.up = _layout(Path(root), split, n_classes)
+        self.names, self.n_points, self.seed = tuple(names), n_points, seed
 
     def __len__(self) -> int:
         return len(self.files)

@@ -480,6 +480,18 @@ def color_constancy(
     gray = light.square().mean(-3, keepdim=True).sqrt()
     return (image * gray / light).clamp(0, 1)
 
+# %% ../../nbs/data/05_skin.ipynb #983af6da
+def _listed(root: Path, part: str | None):
+    "The images of a folder as a table, of one part or all."
+    split = root / "train_test_split"
+    if part not in (None, "train", "test") or (part and not split.exists()):
+        raise ValueError(f"part is {part!r}; use 'train' or 'test' with a file train_test_split in {root.name}, or None")
+    table = _from_split(split, part) if split.exists() else _joined(root)
+    strange = next((name for name in table.image if not re.fullmatch(r"[\w-]+", name)), None)
+    if strange or not len(table):
+        raise ValueError(f"{root.name} lists {'no image' if not len(table) else repr(strange[:40])}; names must look like ISIC_0000000")
+    return table
+
 # %% ../../nbs/data/05_skin.ipynb #359bbd94
 class IsicFolder(torch.utils.data.Dataset):
     "ISIC 2019 from a folder: item i is (picture (3, size, size), label); nothing is read before it is asked for."
@@ -493,13 +505,7 @@ class IsicFolder(torch.utils.data.Dataset):
         constant_light: bool = True,  # color constancy, as FLamby does
     ):
         self.root, self.size, self.constant_light = Path(root), size, constant_light
-        split = self.root / "train_test_split"
-        if part not in (None, "train", "test") or (part and not split.exists()):
-            raise ValueError(f"part is {part!r}; use 'train' or 'test' with a file train_test_split in {self.root.name}, or None")
-        table = _from_split(split, part) if split.exists() else _joined(self.root)
-        strange = next((name for name in table.image if not re.fullmatch(r"[\w-]+", name)), None)
-        if strange or not len(table):
-            raise ValueError(f"{self.root.name} lists {'no image' if not len(table) else repr(strange[:40])}; names must look like ISIC_0000000")
+        table = _listed(self.root, part)
         self.names, self.images = CLASSES, table.image.tolist()
         self.labels, self.centers, self.lesions = (table[column].to_numpy() for column in ("label", "center", "lesion"))
 

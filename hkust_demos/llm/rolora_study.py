@@ -102,7 +102,7 @@ class Laboratory:
         self.length = 128 if quick else 256
         self.folder = tempfile.TemporaryDirectory()  # adapters
         if quick:
-            self.model.model.layers, self.model.config.num_hidden_layers = self.model.model.layers[:4], 4
+            self.model.model.layers, self.model.config.num_hidden_layers = self.model.model.layers[:3], 3
         self.corpus = {part: rows.reshape(-1, self.length) for part, rows in demo_corpora(self.tokenizer)["python"].items()}
         self.calibration = self.corpus["calibration"][: 2 if quick else 16]
         self.items = province_questions("held_out", 2 if quick else 40)
@@ -324,7 +324,7 @@ def picture(table: pd.DataFrame):
 
 
 def build_study(quick: bool = False) -> Study:
-    "The whole study; the quick form keeps eight rows of a model of four blocks."
+    "The whole study; the quick form keeps eight rows of a model of three blocks."
     variants = QUICK if quick else text_variants() + tune_variants()
     baseline = {v: f"{v.split('/')[0]}/none/{v.split('/')[2]}" for v in variants if v.count("/") == 2 and not v.startswith("tune/")}
     baseline |= {v: f"tune/{RIVALS[v.split('/')[1]]}/{v.split('/')[2]}" for v in variants if v.startswith("tune/") and v.split("/")[1] in RIVALS}

@@ -28,8 +28,8 @@ from ..data.slides import SUFFIXES, open_slide, read_tiles, slide_places
 from .encoder_files import COMMAND, encoder_names, load_encoder
 from .encoders import SPECIALTIES, Concatenation, Handcrafted, PhotoExpert, extract_features
 from .gpfm_training import TrainConfig, pretrain
-from .gpfm_views import shipped_scores, write_example
-from .pathology_benchmark import judge
+from .gpfm_views import write_example, write_features
+from .pathology_benchmark import TASKS, judge
 from .specialists import train_specialist
 
 # %% ../../nbs/vision/42_gpfm_apply.ipynb #3ebe8c5c
@@ -109,21 +109,9 @@ def run_command(
     encoder, part = load_encoder(args.encoder), _part_folder(out, _settings(args, files))
     names = [path.name if path == Path(args.input) else path.relative_to(args.input).as_posix().replace("/", "__") for path in files]
     found = {name: _collect(path, part / f"{i:05d}.f32", encoder, args, _teller(name, i, len(files))) for i, (path, name) in enumerate(zip(files, names))}
-    _write(out, found, args)
+    write_features(out, found, encoder=args.encoder, size=args.size, level=args.level)
     shutil.rmtree(part)
     return [out]
-
-# %% ../../nbs/vision/42_gpfm_apply.ipynb #b56ef726
-def _write(out: Path, found: dict, args: Namespace) -> None:
-    "The HDF5 file, whole or not at all."
-    import h5py
-    fresh = Path(f"{out}.new")
-    with h5py.File(fresh, "w") as file:
-        file.attrs.update(encoder=args.encoder, tile_size=args.size, level=args.level)
-        for name, (features, places) in found.items():
-            group = file.create_group(name)
-            group["features"], group["coords"] = features, np.ascontiguousarray(places[:, ::-1])
-    fresh.replace(out)
 
 # %% ../../nbs/vision/42_gpfm_apply.ipynb #93696a2b
 def _teller(name: str, number: int, of: int) -> Callable[[int, int], None]:
@@ -202,7 +190,7 @@ def _steps_told(steps: int) -> Callable[[int, dict], None]:
 def train_shipped(
     folder: Path,
     *,
-    quick: bool = False,  # a few steps, for tests
+    quick: bool = False,  # a few steps and two tasks, for tests
 ) -> list[Path]:
     "Specialists, students and their scores."
     experts = {name: train_specialist(name, tile_mix(96 if quick else 1200, 2000), steps=4 if quick else 160) for name in SPECIALTIES}
@@ -211,7 +199,8 @@ def train_shipped(
         config = TrainConfig(**change, **({"steps": 4, "batch_size": 8} if quick else {}))
         found[name] = pretrain(tiles, {} if name == "self-only" else experts, config=config, on_step=_steps_told(config.steps)).encoder
     judged = {**found, "concat": Concatenation(experts), "random": load_encoder("random"), "handcrafted": Handcrafted()}
-    scores = {name: {task: round(one["score"], 4) for task, one in judge(encoder, 0, quick=quick).items()} for name, encoder in judged.items()}
+    tasks = ("density", "slide") if quick else TASKS
+    scores = {name: {task: round(one["score"], 4) for task, one in judge(encoder, 0, quick=quick, tasks=tasks).items()} for name, encoder in judged.items()}
     card = {"command": COMMAND, "data": "painted H&E tiles of laboratories 0 to 2; scores on laboratory 3", "seed": 0, "student": found["gpfm"].settings, "metrics": scores}
     return save_checkpoint(folder, {f"{name}.{key}": value for name, network in found.items() for key, value in network.state_dict().items()}, card)
 

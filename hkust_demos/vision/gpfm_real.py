@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDENTS', 'SETS', 'PHOTOS', 'REAL_ENCODERS', 'TILE', 'PHOTO_SIZE', 'real_tiles', 'as_tensor', 'real_pool',
-           'real_encoder', 'real_features', 'run_real']
+           'real_students', 'real_encoder', 'real_features', 'run_real']
 
 # %% ../../nbs/vision/52_gpfm_real.ipynb #0b194288
 from functools import lru_cache
@@ -45,7 +45,6 @@ def as_tensor(tiles: np.ndarray) -> Tensor:
     return torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
 
 # %% ../../nbs/vision/52_gpfm_real.ipynb #d043c85e
-@lru_cache(maxsize=1)
 def real_pool(seed: int, quick: bool = False) -> tuple[Tensor, dict, ViewPool]:
     "Training tiles of the oral set, six standardized experts, and their answers."
     tiles, _, _, part = real_tiles("oral")
@@ -57,17 +56,25 @@ def real_pool(seed: int, quick: bool = False) -> tuple[Tensor, dict, ViewPool]:
     return images, ready, ViewPool(images, ready, config, passes=1 if quick else 2, seed=seed)
 
 # %% ../../nbs/vision/52_gpfm_real.ipynb #c0697a8b
-@lru_cache(maxsize=len(REAL_ENCODERS))
+@lru_cache(maxsize=8)
+def real_students(seed: int, quick: bool = False) -> dict[str, nn.Module]:
+    "All students of a seed; they share the pool, which is then given back."
+    images, experts, pool = real_pool(seed, quick)
+    steps, found = 4 if quick else 200, {}
+    for name, change in STUDENTS.items():
+        config = TrainConfig(steps=steps, standardize=0, self_weight=change.get("self_weight", 1.0))
+        found[name] = pretrain(images, change.get("experts", experts), config=config, seed=seed, views=pool).encoder
+    return found
+
+
 def real_encoder(name: str, seed: int, quick: bool = False) -> nn.Module:
     "An encoder of the real rows."
-    if name not in STUDENTS:
-        return random_encoder(seed) if name == "random" else load_encoder(name).eval()
-    (images, experts, pool), change = real_pool(seed, quick), STUDENTS[name]
-    config = TrainConfig(steps=4 if quick else 200, standardize=0, **{key: value for key, value in change.items() if key != "experts"})
-    return pretrain(images, {} if "experts" in change else experts, config=config, seed=seed, views=pool).encoder
+    if name in STUDENTS:
+        return real_students(seed, quick)[name]
+    return random_encoder(seed) if name == "random" else load_encoder(name).eval()
 
 # %% ../../nbs/vision/52_gpfm_real.ipynb #972da563
-@lru_cache(maxsize=len(REAL_ENCODERS) * len(SETS))
+@lru_cache(maxsize=4 * len(REAL_ENCODERS) * len(SETS))
 def real_features(
     name: str,  # of REAL_ENCODERS
     where: str,  # a key of SETS

@@ -15,7 +15,7 @@ import pandas as pd
 from torch import nn
 
 from ..data.he_phantom import tile_mix
-from ..evidence import markdown_rows, mean_and_spread
+from ..evidence import coverage, markdown_rows, mean_and_spread
 from ..study import Study
 from ..viz import bars
 from .encoder_files import random_encoder
@@ -170,7 +170,8 @@ def _real(table: pd.DataFrame) -> str:
 BESIDE = """Frozen features. Painted tasks: heads are trained on laboratories 0 to 2 and tested on laboratory 3; scores in percent (balanced accuracy, Acc@1, AUC,
 C-index or F1), ± over seeds. Ranks are among seven single encoders: three experts, a random network, and students of self-distillation, of experts, of both."""
 BESIDE_REAL = """Students distilled on real oral histology from six experts; linear probes, balanced accuracy in percent on the published test part (oral) or over
-folds (small sets of 30 to 100 tiles: differences below ten points mean little), and Acc@1 of retrieval."""
+folds (small sets of 30 to 100 tiles: differences below ten points mean little), and Acc@1 of retrieval. ± is over seeds, which draw students, random network and splits; the photo networks and the
+specialists stay what they are."""
 
 
 def evidence(
@@ -178,7 +179,11 @@ def evidence(
 ) -> str:
     "Painted and real tables."
     real = _real(table)
-    return "\n\n".join([BESIDE, _painted(table), *([f"**Real tiles.** {BESIDE_REAL}", real] if real else [])])
+    parts = [f"{BESIDE} {coverage(table, [*ENCODERS]).capitalize()}.", _painted(table)]
+    if real:
+        rows = [v for v in build_study().variants if v.startswith("real/")]
+        parts += [f"**Real tiles.** {BESIDE_REAL} {coverage(table, rows).capitalize()}.", real]
+    return "\n\n".join(parts)
 
 # %% ../../nbs/vision/41_gpfm_study.ipynb #15ce6686
 def verdict(
@@ -187,7 +192,7 @@ def verdict(
     "What was measured, and where it does not hold; both from the table."
     means = {name: 100 * table[table.variant == name].set_index("seed")["mean"] for name in WORDS}
     best = max(SPECIALTIES, key=lambda name: means[name].mean())
-    ranks, seeds = painted_ranks(table).mean(1), len(means["gpfm"])
+    ranks, seeds = painted_ranks(table).mean(axis=1), len(means["gpfm"])
     order = ("first", "second", "third", "fourth", "fifth", "sixth", "last")[int(ranks.rank(method="min")["gpfm"]) - 1]
     gains = {name: means["gpfm"] - means[name] for name in ("self only", "expert only", "concat", "handcrafted")}
     measured = (f"Painted tiles, {seeds} seeds, mean of 13 tasks: GPFM {means['gpfm'].mean():.0f} %, best single expert {means[best].mean():.0f} %, "

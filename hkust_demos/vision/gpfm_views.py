@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['NAMES', 'gallery', 'known_encoder', 'pca_axes', 'gallery_view', 'patch_colors', 'patch_similarity', 'nearest',
            'picture_of', 'tile_words', 'gallery_picture', 'figure_row', 'tile_view', 'shipped_scores', 'task_chart',
-           'live_view', 'write_example', 'region_maps', 'region_figures', 'write_features']
+           'live_view', 'write_example', 'region_maps', 'region_figures', 'write_features', 'region_features']
 
 # %% ../../nbs/vision/51_gpfm_views.ipynb #f83224ca
 import base64
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def picture_of(
 
 # %% ../../nbs/vision/51_gpfm_views.ipynb #7c1c7bcd
 def tile_words(tiles: TileSet, index: int) -> str:
-    "What is known of a painted tile, the abnormal first."
+    "What is known of a painted tile: nuclei, architecture, deposit."
     told = [words[int(tiles.factors[name][index])] for name, words in FACTORS.items() if name in ("architecture", "density", "deposit")]
     return ", ".join(told)
 
@@ -251,15 +251,24 @@ def _fitting(shape: tuple, longest: int) -> tuple[int, int]:
 
 # %% ../../nbs/vision/51_gpfm_views.ipynb #59a52469
 def write_features(
-    path: Path,
-    tiles: TileSet,
-    name: str,  # of the encoder
-    slide: str,  # name of the group
+    path: str | Path,
+    found: Mapping[str, tuple[np.ndarray, np.ndarray]],  # slide -> features (n, D) and places (n, 2), rows first
+    *,
+    encoder: str,
+    size: int,  # pixels a side of a tile
+    level: int = 0,  # of the pyramid
 ) -> Path:
-    "Features and places of tiles as HDF5, as the command writes them."
+    "An HDF5 file, whole or not at all: a group a slide, columns first in `coords`."
     import h5py
-    with h5py.File(path, "w") as file:
-        file.attrs.update(encoder=name, tile_size=tiles.images.shape[-1], level=0)
-        group = file.create_group(slide)
-        group["features"], group["coords"] = extract_features(known_encoder(name), tiles.images, 64), tiles.places.numpy()[:, ::-1]
-    return path
+    fresh = Path(f"{path}.new")
+    with h5py.File(fresh, "w") as file:
+        file.attrs.update(encoder=encoder, tile_size=size, level=level)
+        for name, (features, places) in found.items():
+            group = file.create_group(name)
+            group["features"], group["coords"] = features, np.ascontiguousarray(places[:, ::-1])
+    return fresh.replace(path)
+
+
+def region_features(tiles: TileSet, name: str) -> tuple[np.ndarray, np.ndarray]:
+    "Features and places of a region's tiles."
+    return extract_features(known_encoder(name), tiles.images, 64), tiles.places.numpy()

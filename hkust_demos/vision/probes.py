@@ -145,7 +145,7 @@ def average_ranks(
 ) -> pd.DataFrame:  # the ranks, and their mean as column "average"
     "Rank in each task, 1 is best."
     ranks = table.rank(axis=0, ascending=not higher_is_better, method="average")
-    return ranks.assign(average=ranks.mean(1))
+    return ranks.assign(average=ranks.mean(axis=1))
 
 
 def nemenyi_cd(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Symptoms', 'BUILT_IN', 'MAX_WORDS', 'MAX_PHRASES', 'FIRST', 'SECOND', 'MAX_NEW', 'UNSEEN', 'REFUSALS',
-           'check_symptoms', 'read_symptoms', 'load_symptoms', 'ChatEndpoint', 'ask_model', 'clean_item', 'reject',
-           'SymptomReport', 'SymptomGenerator', 'phrase_likelihood', 'sort_phrases']
+           'check_symptoms', 'check_phrases', 'shared_note', 'read_symptoms', 'load_symptoms', 'ChatEndpoint',
+           'ask_model', 'clean_item', 'reject', 'SymptomReport', 'SymptomGenerator', 'phrase_likelihood',
+           'sort_phrases']
 
 # %% ../../nbs/vision/35_symptoms.ipynb #d51791ad
 import json
@@ -41,20 +42,28 @@ def check_symptoms(
     symptoms: Mapping[str, Sequence[str]],
     class_names: Sequence[str],  # in the order of the labels
 ) -> Symptoms:  # in that order
-    "Refuse lists that do not belong to the classes; a phrase of two classes is a warning."
+    "Refuse lists that do not belong to the classes."
     if len(class_names) < 2 or len(set(class_names)) != len(class_names):
         raise ValueError(f"class names are {list(class_names)}; at least two different ones are needed")
     if not isinstance(symptoms, Mapping) or set(symptoms) != set(class_names):
         known = list(symptoms) if isinstance(symptoms, Mapping) else type(symptoms).__name__
         raise ValueError(f"the symptoms are for {known}, the classes are {list(class_names)}; both must hold the same names")
-    for name, phrases in symptoms.items():
-        if not isinstance(phrases, (list, tuple)) or not 1 <= len(phrases) <= MAX_PHRASES or not all(isinstance(p, str) and p.strip() for p in phrases):
-            raise ValueError(f"the symptoms of {name!r} are {str(phrases)[:60]}; a list of 1 to {MAX_PHRASES} phrases is needed")
-    found = {name: [" ".join(phrase.split()).rstrip(".") for phrase in symptoms[name]] for name in class_names}
-    shared = sorted({p for name in found for p in found[name] for other in found if other != name and p in found[other]})
-    if shared:
-        warnings.warn(f"{shared[0]!r} is listed for more than one class, so it cannot tell them apart", stacklevel=2)
-    return found
+    return {name: check_phrases(name, symptoms[name]) for name in class_names}
+
+
+def check_phrases(name: str, phrases: Sequence[str]) -> list[str]:
+    "The phrases of one class, tidied; refuse what is no list of them."
+    if not isinstance(phrases, (list, tuple)) or not 1 <= len(phrases) <= MAX_PHRASES or not all(isinstance(p, str) and p.strip() for p in phrases):
+        raise ValueError(f"the symptoms of {name!r} are {str(phrases)[:60]}; a list of 1 to {MAX_PHRASES} phrases is needed")
+    return [" ".join(phrase.split()).rstrip(".") for phrase in phrases]
+
+
+def shared_note(
+    symptoms: Mapping[str, Sequence[str]],  # checked
+) -> str:
+    "A sentence where two classes hold the same phrase; empty otherwise."
+    shared = sorted({p for name in symptoms for p in symptoms[name] for other in symptoms if other != name and p in symptoms[other]})
+    return f"{shared[0]!r} is listed for more than one class, so it cannot tell them apart" if shared else ""
 
 # %% ../../nbs/vision/35_symptoms.ipynb #7667e155
 def read_symptoms(path: str | Path) -> Symptoms:
@@ -72,9 +81,12 @@ def load_symptoms(
     path_or_name: str | Path,  # a JSON file, or one of BUILT_IN
     class_names: Sequence[str] | None = None,  # in the order of the labels; None takes the order of the list
 ) -> Symptoms:
-    "Symptoms of every class, in the order of the labels."
+    "Symptoms of every class, in the order of the labels; a phrase of two classes is a warning."
     found = BUILT_IN[str(path_or_name)] if str(path_or_name) in BUILT_IN else read_symptoms(path_or_name)
-    return check_symptoms(found, list(found) if class_names is None else class_names)
+    found = check_symptoms(found, list(found) if class_names is None else class_names)
+    if note := shared_note(found):
+        warnings.warn(note, stacklevel=2)
+    return found
 
 # %% ../../nbs/vision/35_symptoms.ipynb #3d429f3f
 FIRST = ("What are the most useful visual features to tell {name} from {others} in a {modality} image? "

@@ -7,51 +7,25 @@ __all__ = ['NOTICE', 'add_arguments', 'reading_record', 'run_command', 'train', 
 
 # %% ../../nbs/vision/32_vip_apply.ipynb #1844acda
 import json
-
-
 import shutil
-
-
 import sys
-
-
 import tempfile
-
-
 from argparse import ArgumentParser, Namespace
-
-
 from pathlib import Path
-
 
 import torch
 
-
 from ..checkpoints import check_free, shipped_folder
-
-
 from ..data.skin import read_labelled
-
-
-from ..files import output_folder, safe_name
-
-
+from ..files import output_folder, read_text, safe_name
 from .clip_sources import load_clip, read_pictures
-
-
-from .symptoms import BUILT_IN, ChatEndpoint, SymptomGenerator, Symptoms, load_symptoms, read_symptoms
-
-
+from .symptoms import BUILT_IN, ChatEndpoint, SymptomGenerator, Symptoms, check_phrases, load_symptoms
 from .toy_clip import load_toy_clip, train_shipped, unknown_words
-
-
 from .vip import ViPModel
 
 # %% ../../nbs/vision/32_vip_apply.ipynb #3a52b7fc
 from .vip_own import (PIXELS, TOWERS_COMMAND, align_on_pictures, load_prompts, read_captions, save_prompts, save_towers, symptoms_of_folder,
                                         train_on_pictures)
-
-
 from .vip_views import Reading, read_picture, reading_figure, write_example
 
 # %% ../../nbs/vision/32_vip_apply.ipynb #d353dd26
@@ -76,31 +50,22 @@ def _asked(args: Namespace) -> tuple[Symptoms, dict]:
     "Symptoms that a language model proposed, and the record of its answers."
     if not args.classes:
         raise ValueError("--ask needs --classes: a JSON list of class names, or a file of symptoms to fall back on")
-    if args.classes in BUILT_IN:
-        curated = load_symptoms(args.classes)
-    else:
-        found = read_symptoms(args.classes) if Path(args.classes).is_file() and not _is_list(args.classes) else dict.fromkeys(_names(args.classes), [])
-        curated = {name: phrases for name, phrases in found.items() if phrases}
-    names = list(curated) if args.classes in BUILT_IN else list(found)
-    report = SymptomGenerator(ChatEndpoint(args.ask, args.ask_model), None, curated).generate(names, args.modality)
+    found = load_symptoms(args.classes) if args.classes in BUILT_IN else _listed(args.classes)
+    curated = {name: check_phrases(name, phrases) for name, phrases in found.items() if phrases}
+    report = SymptomGenerator(ChatEndpoint(args.ask, args.ask_model), None, curated).generate(list(found), args.modality)
     print(report.sentence(), file=sys.stderr)
     return report.symptoms, {"source": report.source, "answers": report.raw, "dropped": report.dropped}
 
-
-def _is_list(path: str) -> bool:
-    "True for a JSON file that holds a list."
-    return Path(path).read_text(encoding="utf-8", errors="replace").lstrip().startswith("[")
-
-# %% ../../nbs/vision/32_vip_apply.ipynb #c5df15bb
-def _names(path: str) -> list[str]:
-    "Class names of a JSON list."
+# %% ../../nbs/vision/32_vip_apply.ipynb #5c6296c3
+def _listed(path: str) -> dict[str, list[str]]:
+    "Class -> phrases to fall back on; none where a plain list names the classes."
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{Path(path).name} is no JSON file with a list of class names") from error
-    if not isinstance(found, list) or len(found) < 2 or not all(isinstance(name, str) and name.strip() for name in found):
-        raise ValueError(f"{Path(path).name} must hold a list of at least two class names, such as [\"melanoma\", \"nevus\"]")
-    return found
+        found = json.loads(read_text(path, max_mb=0.2, suffixes=(".json",)))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{Path(path).name} is no JSON (line {error.lineno}); write [\"class\", ...] or {{\"class\": [\"phrase\", ...], ...}}") from error
+    if not isinstance(found, (list, dict)) or len(found) < 2 or not all(isinstance(name, str) and name.strip() for name in found):
+        raise ValueError(f"{Path(path).name} must name at least two classes, such as [\"melanoma\", \"nevus\"]")
+    return found if isinstance(found, dict) else dict.fromkeys(found, [])
 
 # %% ../../nbs/vision/32_vip_apply.ipynb #1b0904b8
 def _model(args: Namespace, clip, tokenizer) -> tuple[ViPModel, dict]:

@@ -9,59 +9,27 @@ __all__ = ['PIXELS', 'MIN_PICTURES', 'TRAINERS', 'KIND', 'PROMPTS_COMMAND', 'MAX
 
 # %% ../../nbs/vision/34_vip_own.ipynb #c9363a93
 import json
-
-
 from collections.abc import Iterator, Mapping
-
-
 from dataclasses import dataclass, field
-
-
 from pathlib import Path
 
-
 import numpy as np
-
-
 import torch
-
-
 from torch import Tensor
 
-
 from ..checkpoints import check_free, load_checkpoint, save_checkpoint
-
-
 from ..data.skin import ImageSet, group_split, read_labelled
-
-
 from ..data.tables import read_table
-
-
 from ..files import safe_name
-
-
 from .aligned_towers import COMMAND as TOWERS_COMMAND
-
-
 from .aligned_towers import SIZE, AlignedTowers, align_towers, fresh_towers, phrase_means, save_towers, towers_preprocess
-
-
 from .clip_sources import load_clip, read_pictures
-
-
 from .clip_towers import encode_images
 
 # %% ../../nbs/vision/34_vip_own.ipynb #6496d2a0
 from .prompt_training import answer, check_features, confusion, few_shot_indices, linear_probe, scores, train_prompts
-
-
-from .symptoms import BUILT_IN, Symptoms, check_symptoms, load_symptoms
-
-
+from .symptoms import BUILT_IN, Symptoms, load_symptoms
 from .training import seeded
-
-
 from .vip import CoOp, ViPModel
 
 # %% ../../nbs/vision/34_vip_own.ipynb #82cc288f
@@ -113,7 +81,7 @@ def train_on_pictures(
         raise ValueError(f"method is {method!r}, epochs {epochs}, shots {shots}; use {', '.join(TRAINERS)}, 1 to 500 epochs, 0 shots or more")
     clip, tokenizer, preprocess = load_clip(source)
     lr = (0.1 if source == "toy" or isinstance(clip, AlignedTowers) else 0.002) if lr is None else lr
-    model = seeded(lambda: ViPModel(clip, tokenizer, check_symptoms(symptoms, data.names), data.names, **TRAINERS[method]), seed)
+    model = seeded(lambda: ViPModel(clip, tokenizer, symptoms, data.names, **TRAINERS[method]), seed)
     rival = seeded(lambda: CoOp(clip, tokenizer, data.names), seed)
     train, test = held_out(data, seed)
     if shots:

@@ -9,78 +9,33 @@ __all__ = ['EXAMPLE_SHOTS', 'EXAMPLE_RATE', 'Reading', 'weighted_logits', 'read_
 
 # %% ../../nbs/vision/33_vip_views.ipynb #80d8ec65
 import base64
-
-
 import html
-
-
 import io
-
-
 import json
-
-
 import re
-
-
 from collections.abc import Callable, Mapping, Sequence
-
-
 from dataclasses import dataclass, field
-
-
 from functools import lru_cache
-
-
 from pathlib import Path
 
-
 import numpy as np
-
-
 import torch
-
-
 from matplotlib.figure import Figure
-
-
 from PIL import Image
-
-
 from torch import Tensor, nn
-
-
 from torch.nn import functional as F
 
 # %% ../../nbs/vision/33_vip_views.ipynb #43749d03
 from ..checkpoints import load_checkpoint, shipped_folder
-
-
 from ..data.lesion_world import DISEASES, disease_set
-
-
 from ..files import cache_dir
-
-
 from .clip_towers import encode_images
-
-
 from .prompt_training import few_shot_indices, fit_prompts
-
-
-from .symptoms import MAX_PHRASES, Symptoms, check_symptoms, load_symptoms
-
-
+from .symptoms import MAX_PHRASES, Symptoms, check_symptoms, load_symptoms, shared_note
 from .toy_clip import COMMAND, load_toy_clip, unknown_words
-
-
 from .tiles import tile_row
 from .training import seeded
-
-
 from .vip import ViPModel
-
-
 from ..viz import COLORS, PAPER, house_style, overlay
 
 # %% ../../nbs/vision/33_vip_views.ipynb #d1df504a
@@ -300,7 +255,7 @@ def live_view(
 
 # %% ../../nbs/vision/33_vip_views.ipynb #2bc68db9
 def reading_words(reading: Reading, truth: str = "", *, toy: bool = True) -> str:  # Markdown
-    "What was decided, on which symptoms, and what the toy does not understand."
+    "What was decided, on which symptoms, and which of them say nothing."
     lines = []
     for method, found in reading.probabilities.items():
         best = max(found, key=found.get)
@@ -308,6 +263,8 @@ def reading_words(reading: Reading, truth: str = "", *, toy: bool = True) -> str
         lines.append(f"- **{method}**: {best}, {found[best]:.0%}{mark}")
     fits = sorted(((c, phrase) for name in reading.cosines for c, phrase in zip(reading.cosines[name], reading.symptoms[name])), reverse=True)
     lines.append(f"- Best fit: {', '.join(phrase for _, phrase in fits[:3])}.")
+    if note := shared_note(reading.symptoms):
+        lines.append(f"- {note}.")
     strange = sorted({word for phrases in reading.symptoms.values() for phrase in phrases for word in unknown_words(phrase)})
     if strange and toy:
         lines.append(f"- The toy has never read: {', '.join(strange[:8])}. It takes them all for one unknown word.")
