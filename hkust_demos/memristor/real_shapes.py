@@ -7,6 +7,7 @@ __all__ = ['surface_cells', 'voxel_cloud', 'parts_of', 'load_clouds']
 
 # %% ../../nbs/memristor/29_real_shapes.ipynb #406f503a
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -61,9 +62,10 @@ def load_clouds(
     *,
     seed: int = 0,
     n_points: int = 256,
+    root: str | Path | None = None,  # folder of sets; None: HKUST_DEMOS_DATA
 ) -> list[Clouds]:
     "Three parts of a real set as clouds."
-    found, generator = open_collection(name), torch.Generator().manual_seed(seed)
+    found, generator = open_collection(name, root), torch.Generator().manual_seed(seed)
 
     def cloud(index: int) -> Tensor:
         shape = found.read(index)
