@@ -419,6 +419,7 @@ def test_sliders_and_buttons_by_keyboard(page):
     assert page.problems == [] and page.outside == []
 
 
+@pytest.mark.slow  # ten seconds for a pad that a machine without a graphics card draws; what the pad sends is read in test_a_drawing_is_read
 def test_a_person_draws_a_digit(page):
     page.get_by_role("radio", name="my drawing").click()
     page.get_by_role("button", name="Color").wait_for(timeout=60_000)  # the pen is in hand
