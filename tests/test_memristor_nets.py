@@ -313,8 +313,6 @@ def test_bad_arguments(network, digits):
     labels = torch.where(digits[0][1] == 3, 4, digits[0][1])
     with pytest.raises(ValueError, match="class 3"):
         make_dynamic(network, (digits[0][0], labels), digits[1])
-    with pytest.raises(ValueError, match="4 exits"):
-        make_dynamic(network, digits[0], digits[1], thresholds=torch.ones(17))
     with pytest.raises(ValueError, match="seeds is empty"):
         chip_accuracy(network, digits[1], device=DeviceModel(), seeds=[])
     for wrong in (dict(epochs=0), dict(batch=1), dict(lr=0.0)):

@@ -369,8 +369,6 @@ def make_dynamic(
     costs = exit_costs(network, _take(inputs, torch.arange(1)), n_classes, [feature.shape[1] for feature in features])
     reads = random_stream(seed, 3) if device is not None and device.read_noise > 0 else None
     never = torch.full((len(features),), float("inf")) if thresholds is None else torch.as_tensor(thresholds)
-    if never.shape != (len(features),):
-        raise ValueError(f"thresholds has shape {tuple(never.shape)}; this network has {len(features)} exits")
     dynamic = DynamicNetwork(chip, memory, never, *costs, score, reads)
     if thresholds is not None:
         return dynamic
