@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['Part', 'SETTINGS', 'NEEDS', 'QUICK', 'VERSION', 'AWARE', 'KINDS', 'TRAINED_FOR', 'TUNING_SEED', 'EXITS', 'METRICS',
            'ABLATIONS', 'CAREFUL', 'CONFIDENT', 'NOISES', 'NOISE_NETS', 'CHIPS', 'MAPPINGS', 'MAPPED', 'DEVICES',
-           'WHOLE', 'TILES', 'TILES_SOME', 'CHIP_DESIGNS', 'GROUPS', 'NET_NAMES', 'QUICK_ROWS', 'DATA_WORDS',
-           'NOISE_WORDS', 'NET_WORDS', 'ROW_METRICS', 'BESIDE', 'JUDGED_LATER', 'Samples', 'thin', 'Setting', 'setting',
-           'samples', 'trained', 'compare_rates', 'best_rates', 'bill', 'judge', 'exits_for', 'stricter', 'at_cut',
-           'all_variants', 'run', 'noise_map', 'picture', 'build_study', 'evidence', 'verdict']
+           'WHOLE', 'TILES', 'TILES_SOME', 'CHIP_DESIGNS', 'GROUPS', 'NET_NAMES', 'QUICK_ROWS', 'Samples', 'thin',
+           'Setting', 'setting', 'samples', 'trained', 'compare_rates', 'best_rates', 'bill', 'judge', 'exits_for',
+           'stricter', 'at_cut', 'all_variants', 'run', 'noise_map', 'picture', 'build_study']
 
 # %% ../../nbs/memristor/21_study.ipynb #837f8016
 import hashlib
@@ -27,9 +26,9 @@ from torch import Tensor, nn
 
 from ..data.digits import augment_digits, load_digits8, load_mnist5k, split
 from ..data.shapes import augment_clouds, extrude_digits, make_shapes
-from ..evidence import markdown_rows, mean_and_spread
 from ..files import cache_dir
 from .cam import ExitPolicy
+from .chip_evidence import evidence, verdict  # noqa: F401  (read from here like every study's)
 from .chip_rivals import SMALLER, best_clip, confident, noisy_weights, smaller, weight_noise
 from .crossbar import CrossbarConfig
 from .device import DeviceModel, Programmed, drift
@@ -517,7 +516,7 @@ def noise_map(table: pd.DataFrame):
 def picture(table: pd.DataFrame):
     "Digits on cells with 15 % range noise, mean over seeds; None while rows are missing."
     rows = table.groupby("variant").accuracy
-    names = {name.replace("recal", "batch norm recal"): f"digits/noise/range-15/{net}" for name, net in zip(NET_NAMES, NOISE_NETS)}
+    names = {name.replace("recal", "batch norm recal").replace("float", "static float"): f"digits/noise/range-15/{net}" for name, net in zip(NET_NAMES, NOISE_NETS)}
     if not set(names.values()) <= set(rows.groups):
         return None
     mean, spread = rows.mean(), rows.std().fillna(0)
@@ -535,47 +534,3 @@ def build_study(
     variants = [name for name in all_variants() if not quick or name.startswith(QUICK_ROWS)]
     baseline = {name: _baseline(name) for name in variants if _baseline(name) in variants}
     return Study("memristor", variants, METRICS, run, baseline=baseline, picture=picture, needs={} if quick else NEEDS)
-
-# %% ../../nbs/memristor/21_study.ipynb #29093cbc
-DATA_WORDS = {"digits": "8 x 8 digits", "mnist": "MNIST, 5,000 images", "mnist-2x2": "the same, vectors of four quarters",
-              "shapes": "generated furniture in 3-D", "extruded": "MNIST as boards in 3-D"}
-NOISE_WORDS = {"proportional-15": "15 % of each conductance", "range-15": "15 % of the range", "wan2022-1d": "as measured after a day (Wan 2022)",
-               "wan2022-1d-twice": "twice that"}
-NET_WORDS = {"float": "float", "ternary": "ternary", "float+bn": "float, batch norm recalibrated", "ternary+bn": "ternary, batch norm recalibrated"}
-ROW_METRICS = {"float": ("static/float", "accuracy"), "ternary": ("static/ternary", "accuracy"), "with exits": ("dynamic/ternary", "accuracy"),
-               "work saved": ("dynamic/ternary", "budget_cut"), "chip energy saved": ("dynamic/ternary", "energy_cut")}
-
-BESIDE = """Ternary weights on a simulated chip, with a small associative memory after every block. Accuracy in percent on test samples, without exits and
-with them; the share of multiplications saved, and of the chip's energy. ± is the standard deviation over six seeds, in the second table over three."""
-
-# %% ../../nbs/memristor/21_study.ipynb #15ce88d1
-def _percent(table: pd.DataFrame, variant: str, metric: str) -> str:
-    "Mean and standard deviation of one row, in percent."
-    return mean_and_spread(100 * table[table.variant == variant][metric])
-
-
-def evidence(
-    table: pd.DataFrame,  # of the study
-) -> str:
-    "Accuracy with and without exits, one row a data set; then digits on noisy cells."
-    exits = markdown_rows(["data", *ROW_METRICS], [[words, *(_percent(table, f"{data}/{row}", metric) for row, metric in ROW_METRICS.values())]
-                                                   for data, words in DATA_WORDS.items()])
-    noise = markdown_rows(["write noise", *NET_WORDS.values()], [[words, *(_percent(table, f"digits/noise/{kind}/{net}", "accuracy") for net in NET_WORDS)]
-                                                                 for kind, words in NOISE_WORDS.items()])
-    return f"{BESIDE}\n\n{exits}\n\n**Digits on noisy cells, no exits (accuracy in percent)**\n\n{noise}"
-
-# %% ../../nbs/memristor/21_study.ipynb #8900a5c2
-JUDGED_LATER = (3, 4, 5)  # seeds that no choice has seen
-
-
-def verdict(
-    table: pd.DataFrame,
-) -> tuple[str, str]:  # what was measured on what, where it does not hold
-    "Two sentences from fresh seeds."
-    fresh = table[table.seed.isin(JUDGED_LATER)].assign(lost=lambda t: 100 * (t.static - t.accuracy), saved=lambda t: 100 * t.budget_cut)
-    mean = fresh.groupby("variant")[["lost", "saved"]].mean()
-    digits, mnist, clouds = (mean.loc[f"{data}/dynamic/ternary"] for data in ("digits", "mnist", "shapes"))
-    return (f"On three fresh seeds, without device noise, exits save {digits.saved:.0f} % of the work for {digits.lost:.1f} points of accuracy on 8 x 8 digits, and "
-            f"{mnist.saved:.0f} % for {mnist.lost:.1f} on MNIST; ternary weights survive noise that does not shrink with the conductance.",
-            f"Every saving costs accuracy, clouds of points save {clouds.saved:.0f} %, batch norm recalibrated on the chip brings float weights most of "
-            "the way back, and an 8-bit digital engine with the same exits is a hard rival.")
