@@ -122,10 +122,10 @@ def test_deep_supervision_is_what_plain_lacks(count_trainings, own_cache):
     assert len({call["lr"] for call in count_trainings}) == len({call["seed"] for call in count_trainings}) == 1
 
 
-SLOW_ROWS = ["shapes/static/float", "mnist-2x2/dynamic/ternary", "shapes/noise/range-15/ternary+bn", "shapes/chip/range-15", "shapes/energy/levels-8"]
+SLOW_ROWS = ["extruded/dynamic/ternary", "shapes/static/float", "mnist-2x2/dynamic/ternary", "shapes/noise/range-15/ternary+bn", "shapes/chip/range-15", "shapes/energy/levels-8"]
 
 
-@pytest.mark.parametrize("variant", ["extruded/dynamic/ternary", "mnist/ablation/float-all", "digits/ablation/no-deep-global", "digits/ablation/uncentered",
+@pytest.mark.parametrize("variant", ["mnist/ablation/float-all", "digits/rival/confidence-plain", "digits/ablation/no-deep-global", "digits/ablation/uncentered",
                                      "digits/tiles/6-one-day", "digits/noise/stuck-5/float", "digits/rival/int8",
                                      "digits/rival/blocks-5", "digits/mapping/range-30/clipped+bn", "digits/mapping/range-15/aware", *(pytest.param(row, marks=pytest.mark.slow) for row in SLOW_ROWS)])
 def test_rows_of_every_kind_run(variant):
