@@ -174,7 +174,7 @@ def build_study(quick: bool = False) -> Study:
 
 def _baselines(variants: list[str]) -> dict[str, str]:
     "The plain spread of outputs of the same pictures."
-    return {v: f"{v.split('/')[0]}/plain/std" for v in variants if not v.endswith("/plain/std") and not v.startswith(d2ue_real.once())}
+    return {v: f"{v.split('/')[0]}/plain/std" for v in variants if not v.endswith("/plain/std") and "/gain/" not in v and not (v.startswith(d2ue_real.once()) and "/trivial/" in v)}
 
 # %% ../../nbs/vision/11_d2ue_study.ipynb #e03f0142
 ROW_WORDS = {"trivial/distance": "mean training picture, no network", "trivial/pca16": "16 principal components, no network",
@@ -196,7 +196,7 @@ def _cell(table: pd.DataFrame, variant: str, metric: str) -> str:
     return mean_and_spread(table[table.variant == variant][metric], digits=3)
 
 # %% ../../nbs/vision/11_d2ue_study.ipynb #d2b10004
-REAL = {"pneumonia": "PneumoniaMNIST", "odir": "ODIR-5K eyes", "chest": "ChestX-ray14"}
+REAL = {"pneumonia": "PneumoniaMNIST", "pneumonia-long": "PneumoniaMNIST, 160 epochs", "odir": "ODIR-5K eyes", "chest": "ChestX-ray14"}
 REAL_WORDS = {"trivial/intensity": "mean brightness, no network", **ROW_WORDS, "rar/ensemble": "reconstruction error, pushed apart",
               "plain/input": "spread of input gradients", "rar/input": "spread of input gradients, pushed apart"}
 GAIN_WORDS = {"d2ue-spread": "D2UE minus the plain spread of outputs", "d2ue-error": "D2UE minus the plain reconstruction error",
