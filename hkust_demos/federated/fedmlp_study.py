@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NO_TAGS', 'RIVALS', 'FORMS', 'BOUNDS', 'ROWS', 'SHORT', 'CHEST_RUN', 'EYE_RUN', 'PLACES', 'ALL', 'VARIANTS', 'NEEDS',
-           'WORDS', 'LAST', 'MOST', 'QUICK', 'METRICS', 'SEEN', 'SHOWN', 'PANELS', 'PLACE_WORDS', 'FRONT', 'BESIDE',
-           'baselines', 'setting', 'judge', 'scores', 'tag_scores', 'hidden_positives', 'run', 'picture', 'build_study',
-           'evidence', 'verdict']
+           'WORDS', 'LAST', 'MOST', 'QUICK', 'METRICS', 'SEEN', 'SHOWN', 'PANELS', 'PLACE_WORDS', 'PLACE_SHORT',
+           'FRONT', 'BESIDE', 'baselines', 'setting', 'judge', 'scores', 'tag_scores', 'hidden_positives', 'run',
+           'picture', 'build_study', 'evidence', 'verdict']
 
 # %% ../../nbs/federated/31_fedmlp_study.ipynb #6b1fcf01
 from collections.abc import Callable, Mapping, Sequence
@@ -231,6 +231,8 @@ def build_study(quick: bool = False) -> Study:
 PLACE_WORDS = {"one": "Painted thoraxes, each client labels one finding", "two": "Painted thoraxes, two findings a client",
                "chest": "Chest X-rays (frozen features), one finding a client", "chest2": "Chest X-rays, two findings a client",
                "odir": "Eyes (frozen features), one finding a client", "odir2": "Eyes, two findings a client"}
+PLACE_SHORT = {"one": "painted thoraxes", "two": "painted thoraxes with two findings a client", "chest": "chest X-rays",
+               "chest2": "chest X-rays with two", "odir": "eyes", "odir2": "eyes with two"}
 FRONT = {"map": "mean average precision", "auc": "macro-AUC", "balanced": "balanced accuracy", "precision_positive": "positive tags that are right"}
 
 BESIDE = """Each client labels one finding or two and knows nothing about the others; one network learns all. Scores in percent on a common test whose labels are
@@ -260,10 +262,10 @@ def _gain(table: pd.DataFrame, place: str, row: str, other: str) -> str:
 def verdict(
     table: pd.DataFrame,
 ) -> tuple[str, str]:  # what was measured on what, where it does not hold
-    "Two sentences: the method over plain averaging, place by place, and over its first stage alone."
-    run = [place for place in PLACE_WORDS if (table.variant == f"{place}/fedmlp").any()]
-    gains = "; ".join(f"{PLACE_WORDS[p].lower()}: {_gain(table, p, 'fedmlp', 'fedavg/partial')}" for p in run)
-    forms = "; ".join(f"{PLACE_WORDS[p].lower()}: {_gain(table, p, 'fedmlp', 'consistency')}" for p in run)
-    return (f"Mean average precision over averaging of the labeled entries, in points, {table.seed.nunique()} seeds at most ({gains}).",
-            f"Over consistency with the incoming model alone, which needs no tags: {forms}; published form with plain cosines: "
-            + "; ".join(_gain(table, p, "fedmlp/paper", "fedavg/partial") for p in run) + ".")
+    "The method against plain averaging, place by place; against its first stage alone; and as published."
+    run = [place for place in PLACE_SHORT if (table.variant == f"{place}/fedmlp").any()]
+    said = lambda row, other: ", ".join(f"{_gain(table, p, row, other)} on {PLACE_SHORT[p]}" for p in run)
+    return (f"Points of mean average precision that FedMLP adds to averaging of the labeled entries, up to {table.seed.nunique()} seeds: "
+            f"{said('fedmlp', 'fedavg/partial')}.",
+            f"Agreement with the incoming model alone needs no tags; to it the tags add {said('fedmlp', 'consistency')}. "
+            f"As published, with plain cosines, FedMLP adds {said('fedmlp/paper', 'fedavg/partial')} to averaging.")

@@ -331,6 +331,11 @@ def evidence(
     return "\n\n".join([*parts, f"**Painted lesions, {n} seeds.** {PAINTED_BESIDE}", _table(table, "", TESTS), _said(pairs, "", "local")])
 
 # %% ../../nbs/federated/11_fednpr_study.ipynb #230194d2
+def _lower(words: str) -> str:
+    "Words that begin a sentence, within one."
+    return words[0].lower() + words[1:]
+
+
 def verdict(
     table: pd.DataFrame,
 ) -> tuple[str, str]:  # what was measured on what, where it does not hold
@@ -339,6 +344,7 @@ def verdict(
     told = lambda start, own: f"{paired(pairs, f'{start}npr/paper', 'global')} for the shared model and {paired(pairs, f'{start}npr/paper', own)} for the clinics' own"
     seeds = lambda start: table[table.variant == f"{start}npr/paper"].seed.nunique()
     step = f"adds {paired(pairs, f'{real[0]}/fedavg/bsm' if real else 'fedavg/bsm', 'global')} points of balanced accuracy to averaging"
-    places = "; ".join(f"{REAL_TITLES[place][0].lower() + REAL_TITLES[place][1:]}, {seeds(place + '/')} seeds: {told(place + '/', 'own')}" for place in real)
+    places = [*(f"in {_lower(REAL_TITLES[place])} ({seeds(place + '/')} seeds) by {told(place + '/', 'own')}" for place in real),
+              f"on painted lesions ({seeds('')} seeds) by {told('', 'local')}"]
     return (f"{REAL_TITLES[real[0]] if real else 'Six painted clinics'}: a loss that knows each clinic's class shares (balanced softmax) {step}.",
-            f"What the prototypes of the published form add to that, in points ({places + '; ' if real else ''}painted lesions, {seeds('')} seeds: {told('', 'local')}).")
+            f"The prototypes of the published form change that {'; '.join(places)}.")
