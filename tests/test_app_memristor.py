@@ -4,6 +4,7 @@ import json
 import re
 import time
 from dataclasses import replace
+from functools import partial
 
 import gradio as gr
 import numpy as np
@@ -15,6 +16,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image, ImageDraw
 
 from conftest import free_port
+from hkust_demos.memristor import sweeps
 
 CHOICES = dict(source="a test digit", network="8 x 8 pixels", pick="by its number", number=3, drawing=None, picture=None, shape="chair", which=0,
                mesh=None, up="z is up", noise="the same for every cell (range)", amount=0.15, read_noise=0.02, stuck=0, adc_bits=8, rows=128, ohms=0,
@@ -361,13 +363,14 @@ def test_noise_curves_meet_the_chip_in_use(client):
 
 def test_a_lottery_of_chips(client):
     press(client)
-    job = client.submit(90, 3, api_name="/lottery")
+    job = client.submit(90, 2, api_name="/lottery")
     chart = figure(job.result(timeout=120))
-    assert [len(dots["x"]) for dots in chart["data"]] == [3, 3] and "of 3 chips reach 90%" in chart["layout"]["title"]["text"]
+    assert [len(dots["x"]) for dots in chart["data"]] == [2, 2] and "of 2 chips reach 90%" in chart["layout"]["title"]["text"]
     assert chart["data"][0]["y"] == sorted(chart["data"][0]["y"], reverse=True)
 
 
-def test_the_largest_noise(client):
+def test_the_largest_noise(client, monkeypatch):
+    monkeypatch.setattr(sweeps, "largest_noise", partial(sweeps.largest_noise, steps=3))  # three halvings of the search in place of six
     press(client)
     words, chart = client.predict(90, 1, api_name="/largest")
     amount = float(re.search(r"Up to ([\d.]+)", words)[1])
@@ -419,6 +422,7 @@ def test_sliders_and_buttons_by_keyboard(page):
     assert page.problems == [] and page.outside == []
 
 
+@pytest.mark.slow  # ten seconds for a pad that a machine without a graphics card draws; what the pad sends is read in test_a_drawing_is_read
 def test_a_person_draws_a_digit(page):
     page.get_by_role("radio", name="my drawing").click()
     page.get_by_role("button", name="Color").wait_for(timeout=60_000)  # the pen is in hand

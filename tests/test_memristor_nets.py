@@ -11,7 +11,7 @@ from torch import nn
 from hkust_demos.data.digits import load_digits8, split
 from hkust_demos.memristor.crossbar import CrossbarConfig
 from hkust_demos.memristor.device import DeviceModel, drift, ternarize
-from hkust_demos.memristor.dynamic2d import TernaryResNet, evaluation_features, make_dynamic, program_network, train_network, tune_thresholds
+from hkust_demos.memristor.dynamic2d import TernaryResNet, chip_accuracy, evaluation_features, make_dynamic, program_network, train_network, tune_thresholds
 from hkust_demos.memristor.shipped import load_digit_network, train_digit_networks
 from hkust_demos.memristor.ternary import (ProgrammedLayer, TernaryConv2d, TernaryLinear, build_seeded, calibrate, chip_layers, count_macs,
                                            deploy, exit_costs, in_batches, load_network, pack_network, recalibrate_bn, save_network,
@@ -313,6 +313,18 @@ def test_bad_arguments(network, digits):
     labels = torch.where(digits[0][1] == 3, 4, digits[0][1])
     with pytest.raises(ValueError, match="class 3"):
         make_dynamic(network, (digits[0][0], labels), digits[1])
+    with pytest.raises(ValueError, match="seeds is empty"):
+        chip_accuracy(network, digits[1], device=DeviceModel(), seeds=[])
+    for wrong in (dict(epochs=0), dict(batch=1), dict(lr=0.0)):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            train_network(SMALL(), *digits[0], **wrong)
+    with pytest.raises(ValueError, match="blocks"):
+        TernaryResNet(blocks=(1, 2))
+
+
+def test_stages_may_differ_in_depth():
+    network = build_seeded(lambda: TernaryResNet((4, 6, 8), blocks=(1, 2, 3)), seed=0)
+    assert len(network.blocks) == 6 and [f.shape[1] for f in network(torch.zeros(2, 1, 8, 8))[1]] == [4, 6, 6, 8, 8, 8]
 
 
 def test_ternary_rule_matches_the_device(network):

@@ -3,14 +3,17 @@ import math
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+import trimesh
 
 import hkust_demos.memristor.chip_study as room
 from hkust_demos.memristor.dynamic2d import evaluation_features
 from hkust_demos.memristor.chip_study import (ABLATIONS, CHIP_DESIGNS, METRICS, NOISES, SETTINGS, TILES, all_variants, build_study, compare_rates,
                                                exits_for, picture, run, samples, setting, thin, trained)
+from hkust_demos.memristor.real_shapes import load_clouds
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -119,17 +122,19 @@ def test_deep_supervision_is_what_plain_lacks(count_trainings, own_cache):
     assert len({call["lr"] for call in count_trainings}) == len({call["seed"] for call in count_trainings}) == 1
 
 
-SLOW_ROWS = ["shapes/static/float", "mnist-2x2/dynamic/ternary", "shapes/noise/range-15/ternary+bn", "shapes/chip/range-15", "shapes/energy/levels-8"]
+SLOW_ROWS = ["extruded/dynamic/ternary", "shapes/static/float", "mnist-2x2/dynamic/ternary", "shapes/noise/range-15/ternary+bn", "shapes/chip/range-15", "shapes/energy/levels-8"]
 
 
-@pytest.mark.parametrize("variant", ["extruded/dynamic/ternary", "mnist/ablation/float-all", "digits/ablation/no-deep-global", "digits/ablation/uncentered",
-                                     "digits/tiles/6-one-day", "digits/noise/stuck-5/float", *(pytest.param(row, marks=pytest.mark.slow) for row in SLOW_ROWS)])
+@pytest.mark.parametrize("variant", ["mnist/ablation/float-all", "digits/rival/confidence-plain", "digits/ablation/no-deep-global", "digits/ablation/uncentered",
+                                     "digits/tiles/6-one-day", "digits/noise/stuck-5/float", "digits/rival/int8",
+                                     "digits/rival/blocks-5", "digits/mapping/range-30/clipped+bn", "digits/mapping/range-15/aware", *(pytest.param(row, marks=pytest.mark.slow) for row in SLOW_ROWS)])
 def test_rows_of_every_kind_run(variant):
     row = run(variant, 0, True)
     assert set(row) <= set(METRICS) and all(isinstance(value, float) for value in row.values())
     for name in ("accuracy", "static"):
         assert name not in row or 0 <= row[name] <= 1
     assert "budget_cut" not in row or row["budget_cut"] < 1
+    assert "int8" not in variant or row["int8_dynamic_nj"] < 1.02 * row["int8_nj"]
     assert "/dynamic/" not in variant or math.isclose(row["mean_cost"], (1 - row["budget_cut"]) * row["static_cost"])
 
 
@@ -168,6 +173,47 @@ def test_names_and_baselines():
         run("digits/luck/none", 0, True)
 
 
+def test_noise_of_other_chips_in_training_leaves_no_trace():
+    network = trained("digits", "aware", 0, True)
+    images = samples("digits", 0, True).test[0]
+    assert torch.equal(evaluation_features(network, images)[0], evaluation_features(network, images)[0])
+    layer = network.stem[0]
+    assert "effective_weight" not in vars(layer) and layer.weight.abs().max() <= 2.3 * layer.weight.std()
+
+
+def voxels(folder, n):
+    "A copy of ModelNet as bits: blocks and plates."
+    folder.mkdir(parents=True)
+    for name, corner in (("chair", (4, 4, 20)), ("monitor", (20, 2, 16))):
+        cubes = torch.zeros(n, 32, 32, 32, dtype=torch.bool)
+        for i in range(n):
+            cubes[i, 4:4 + corner[0] + i % 3, 5:5 + corner[1], 6:6 + corner[2]] = True
+        np.savez(folder / f"{name}.npz", voxels=np.packbits(cubes.numpy().reshape(n, -1), axis=1), shape=np.array(cubes.shape))
+
+
+def test_real_voxels_are_two_classes(tmp_path, monkeypatch):
+    voxels(tmp_path / "modelnet_voxels", 8)
+    monkeypatch.setenv("HKUST_DEMOS_DATA", str(tmp_path))
+    parts = load_clouds("modelnet-voxels", (100, 4, 4), seed=1)
+    assert [len(part) for part in parts] == [8, 4, 4] and parts[0].names == ("chair", "monitor")
+    assert len({tuple(cloud.points.flatten().tolist()) for part in parts for cloud in [part.take([i]) for i in range(len(part))]}) == 16
+    assert all(part.points.norm(dim=2).max() <= 1.001 for part in parts)
+    with pytest.raises(ValueError, match="more than 21 are needed"):
+        load_clouds("modelnet-voxels", (10, 10, 10))
+
+
+def test_meshes_keep_their_published_test_part(tmp_path, monkeypatch):
+    for name, size in (("bed", (2, 3, 1)), ("desk", (1, 1, 2))):
+        for part, n in (("train", 4), ("test", 2)):
+            (tmp_path / "ModelNet10" / name / part).mkdir(parents=True)
+            for i in range(n):
+                trimesh.creation.box(size).export(tmp_path / "ModelNet10" / name / part / f"{name}_{i:04d}.off")
+    monkeypatch.setenv("HKUST_DEMOS_DATA", str(tmp_path))
+    train, validation, test = load_clouds("modelnet", (100, 2, 100), n_points=64)
+    assert [len(part) for part in (train, validation, test)] == [6, 2, 4] and test.labels.bincount().tolist() == [2, 2]
+    assert test.points.shape == (4, 64, 3)
+
+
 def test_no_picture_without_rows():
     assert picture(pd.DataFrame({"variant": ["digits/static/float"], "accuracy": [0.9]})) is None
 
@@ -175,7 +221,8 @@ def test_no_picture_without_rows():
 @pytest.mark.skipif(not (RESULTS / "memristor.csv").exists(), reason="no results stored")
 def test_stored_rows_belong_to_this_study():
     table = pd.read_csv(RESULTS / "memristor.csv")
-    assert list(table.columns) == ["variant", "seed", "quick", *METRICS]
+    beside = ["set", "set_version", "set_license"]  # of rows on real sets
+    assert [name for name in table.columns if name not in beside] == ["variant", "seed", "quick", *METRICS]
     assert set(table.variant) <= set(all_variants()) and not table.quick.any() and not table.duplicated(["variant", "seed"]).any()
 
 

@@ -65,7 +65,8 @@ def test_trained_prompts_answer_beside_the_plain_ensemble_and_take_other_words(h
     assert same == pytest.approx(own, abs=1e-3)  # the order of a file means nothing
     words = {**load_symptoms("toy"), "nevus": ["red color", "dark streaks"]}
     (home / "other.json").write_text(json.dumps(words))
-    assert run(home, "--prompts", prompts, "--classes", home / "other.json")[0]["readings"][0]["probabilities"]["ViP"] != own
+    other = run(home, "--prompts", prompts, "--classes", home / "other.json")[0]
+    assert other["readings"][0]["probabilities"]["ViP"] != own and any("'dark streaks' is listed for more than one class" in note for note in other["notes"])
 
 
 def test_the_card_tells_what_the_prompts_are(prompts):

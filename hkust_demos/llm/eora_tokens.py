@@ -65,7 +65,7 @@ def token_variants() -> list[str]:
 # %% ../../nbs/llm/16_eora_tokens.ipynb #b1a08183
 def single_draw() -> tuple[str, ...]:
     "Rows that run with the first draw only."
-    return tuple(v for v in token_variants() if not (v.startswith(("c4/2560/", "c4/10240/")) and v.split("/")[3] in ("svd", "rms", "eora", "eora-auto")))
+    return tuple(v for v in token_variants() if not (v.startswith(("c4/2560/", "c4/10240/", "c4/40960/")) and v.split("/")[3] in ("svd", "rms", "eora", "eora-auto")))
 
 
 TOKEN_NEEDS = {"c4/": "c4-wiki-text", "mixed/": "c4-wiki-text", "other/": "c4-wiki-text"}

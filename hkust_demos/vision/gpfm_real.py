@@ -99,7 +99,7 @@ def run_real(where: str, name: str, seed: int, quick: bool = False) -> dict[str,
     train, test = (np.flatnonzero(np.array(part) == kind) for kind in ("train", "test"))
     order = np.random.default_rng(seed).permutation(train)
     val, fit = order[: len(order) // 5], order[len(order) // 5:]
-    found = linear_probe(x[fit], y[fit], x[test], y[test], val=(x[val], y[val]))
+    found = linear_probe(x[fit], y[fit], x[test], y[test], val=(x[val], y[val]), balanced=True)
     shots = [few_shot(x[fit], y[fit], x[test], y[test], 8, 10 * seed + k) for k in range(5)]
     return {"linear": found["balanced_accuracy"], "linear_low": found["low"], "linear_high": found["high"],
             "knn": knn_probe(x[fit], y[fit], x[test], y[test], k=10)["balanced_accuracy"], "shots": float(np.mean(shots))}

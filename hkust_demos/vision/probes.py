@@ -63,21 +63,22 @@ def linear_probe(
     *,
     val: tuple[np.ndarray, np.ndarray] | None = None,  # features and labels that choose the strength
     strength: float = 0.1,  # where there is no validation part
+    balanced: bool = False,  # a rare class weighs as much as a common one
 ) -> dict:  # accuracy, balanced_accuracy, low, high, predictions, strength
     "Logistic regression on z-scored features."
     _check_labels(train_x, train_y, "train")
     x, test, *more = z_scored(train_x, test_x, *([val[0]] if val else []))
-    fit = lambda c: _logistic(x, train_y, c)
+    fit = lambda c: _logistic(x, train_y, c, balanced)
     if val:
         strength = max(STRENGTHS, key=lambda c: balanced_accuracy(val[1], fit(c).predict(more[0])))
     said = fit(strength).predict(test)
     return {**_scores(test_y, said), "strength": strength}
 
 # %% ../../nbs/vision/46_probes.ipynb #58662cc2
-def _logistic(x: np.ndarray, y: np.ndarray, strength: float):
+def _logistic(x: np.ndarray, y: np.ndarray, strength: float, balanced: bool = False):
     "A fitted logistic regression."
     from sklearn.linear_model import LogisticRegression
-    return LogisticRegression(C=strength, max_iter=300, tol=1e-3).fit(x, y)
+    return LogisticRegression(C=strength, max_iter=300, tol=1e-3, class_weight="balanced" if balanced else None).fit(x, y)
 
 
 def _scores(truth: np.ndarray, said: np.ndarray) -> dict:

@@ -32,6 +32,7 @@ def fold_scores(
     n_folds: int = 5,
     seed: int = 0,
     shots: int = 8,
+    balanced: bool = False,  # the probe weighs rare classes as much as common ones
 ) -> dict[str, float]:  # linear, linear_low, linear_high, knn, shots
     "Linear probe, neighbors and few shots over folds of whole patients."
     n_folds = min(n_folds, len({g or str(i) for i, g in enumerate(groups)}))
@@ -40,7 +41,7 @@ def fold_scores(
     for k in range(n_folds):
         train, test = fold != k, fold == k
         if len(np.unique(y[train])) > 1 and test.any():
-            said[test] = linear_probe(x[train], y[train], x[test], y[test])["predictions"]
+            said[test] = linear_probe(x[train], y[train], x[test], y[test], balanced=balanced)["predictions"]
             near[test] = knn_probe(x[train], y[train], x[test], y[test], k=min(10, int(train.sum())))["predictions"]
             few.append(few_shot(x[train], y[train], x[test], y[test], shots, seed + k))
     low, high = bootstrap(y, said, n_resamples=500)
@@ -126,7 +127,7 @@ def _own(encoders: dict, args: Namespace) -> dict:
     "Scores on a user's tiles."
     tiles, y, classes = folder_tiles(args.data, args.size)
     print(f"{len(y)} tiles of {', '.join(classes)}; patients are not named, so every split may hold one on both sides", file=sys.stderr)
-    found = {name: fold_scores(extract_features(encoder, tiles, 32), y, [""] * len(y), seed=args.seed) for name, encoder in encoders.items()}
+    found = {name: fold_scores(extract_features(encoder, tiles, 32), y, [""] * len(y), seed=args.seed, balanced=True) for name, encoder in encoders.items()}
     return {name: {"linear": {"score": f["linear"], "low": f["linear_low"], "high": f["linear_high"]}, "knn": {"score": f["knn"]}, "8-shot": {"score": f["shots"]}}
             for name, f in found.items()}
 

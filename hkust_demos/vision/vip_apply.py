@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 import tempfile
+import warnings
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ..checkpoints import check_free, shipped_folder
 from ..data.skin import read_labelled
 from ..files import output_folder, read_text, safe_name
 from .clip_sources import load_clip, read_pictures
-from .symptoms import BUILT_IN, ChatEndpoint, SymptomGenerator, Symptoms, check_phrases, load_symptoms
+from .symptoms import BUILT_IN, ChatEndpoint, SymptomGenerator, Symptoms, check_phrases, load_symptoms, shared_note
 from .toy_clip import load_toy_clip, train_shipped, unknown_words
 from .vip import ViPModel
 
@@ -57,6 +58,13 @@ def _asked(args: Namespace) -> tuple[Symptoms, dict]:
     return report.symptoms, {"source": report.source, "answers": report.raw, "dropped": report.dropped}
 
 # %% ../../nbs/vision/32_vip_apply.ipynb #5c6296c3
+def _given(source: str) -> Symptoms:
+    "Lists of a file, or built-in ones; a phrase of two classes is told among the notes."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return load_symptoms(source)
+
+
 def _listed(path: str) -> dict[str, list[str]]:
     "Class -> phrases to fall back on; none where a plain list names the classes."
     try:
@@ -70,7 +78,7 @@ def _listed(path: str) -> dict[str, list[str]]:
 # %% ../../nbs/vision/32_vip_apply.ipynb #1b0904b8
 def _model(args: Namespace, clip, tokenizer) -> tuple[ViPModel, dict]:
     "Trained prompts, or an untrained model with the symptoms that were given."
-    symptoms, asked = _asked(args) if args.ask else (load_symptoms(args.classes) if args.classes else None, {})
+    symptoms, asked = _asked(args) if args.ask else (_given(args.classes) if args.classes else None, {})
     if args.prompts:
         model = load_prompts(args.prompts, clip, tokenizer)
         if symptoms is None:
@@ -104,7 +112,7 @@ def run_command(
     clip, tokenizer, preprocess = load_clip(args.clip)
     model, asked = _model(args, clip, tokenizer)
     pictures, notes = read_pictures(args.images, PIXELS)
-    notes += _toy_notes(model) if args.clip == "toy" else []
+    notes += [*filter(None, [shared_note(model.symptoms)]), *(_toy_notes(model) if args.clip == "toy" else [])]
     print(*(f"Warning: {sentence}" for sentence in notes), sep="\n", file=sys.stderr)
     readings = [read_picture(model, picture, preprocess=preprocess, trained=args.prompts is not None) for picture in pictures]
     names = [f"{k + 1:02d}-{safe_name(Path(path).stem)}.png" for k, path in enumerate(args.images)]
