@@ -49,7 +49,7 @@ def test_endpoints_have_names(client):
 
 def test_the_painted_default_returns_everything(client):
     text, panels, learners, histogram, similar = client.predict(api_name="/run")  # no argument: the default example
-    assert "healthy slices" in text and "pixel AUROC" in text
+    assert text.startswith("**reconstruction error, 3 learners") and "healthy slices" in text and "pixel AUROC" in text
     assert all("plot" in picture for picture in (panels, learners, histogram, similar))
     assert json.loads(histogram["plot"])["layout"]["annotations"][0]["text"] == "this slice"
     assert np.shape(json.loads(similar["plot"])["data"][0]["z"]) == (3, 3)
