@@ -266,6 +266,8 @@ def verdict(
     seeds = table[table.variant == "dense/rar/dsu"].seed.nunique()
     spread, error = (f"{words} {outcome(table, which)}. " if real_sets(table) else "" for which, words in (
         ("d2ue-spread", "Real pictures, image AUROC against the plain spread of outputs:"), ("d2ue-error", "On real pictures, against the plain reconstruction error:")))
+    sharp = [f"{images[f'{n}/trivial/sharpness']:.2f} against {images[f'{n}/rar/dsu']:.2f} on {REAL[n]}" for n in real_sets(table) if f"{n}/trivial/sharpness" in images]
+    error += f"How unusually sharp a picture is, one number without a network, reaches {' and '.join(sharp)}. " if sharp else ""
     return (f"{spread}Lesions inserted into slices of one averaged head, dense networks, {seeds} seeds: the map of pushed-apart learners locates pixels better "
             f"than the spread of outputs (AUROC {pixels['dense/rar/dsu']:.2f} against {pixels['dense/plain/std']:.2f}).",
             f"{error}On inserted lesions the plain reconstruction error is ahead ({pixels['dense/plain/ensemble']:.2f}), 16 principal components without a network as well "
