@@ -62,11 +62,21 @@ def _demo(args: argparse.Namespace) -> list[Path]:
     return []
 
 # %% ../nbs/03_cli.ipynb #8af0b580
+def _seeds(text: str) -> int | list[int]:
+    "How many seeds, such as 3, or which, such as 3-5."
+    first, dash, last = text.partition("-")
+    numbers = first.isdecimal() and (not dash or last.isdecimal())
+    seeds = (list(range(int(first), int(last) + 1)) if dash else int(first)) if numbers else None
+    if not seeds:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of seeds, such as 3, nor which, such as 3-5")
+    return seeds
+
+
 def _add_study(commands, options: dict) -> None:
     "The options of `study`."
     study = commands.add_parser("study", help="run a method's study and store table and picture", **options)
     study.add_argument("method", help="name in the catalog")
-    study.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    study.add_argument("--seeds", type=_seeds, default=3, help="how many seeds, or which: 3-5")
     study.add_argument("--out", default="results", help="folder; a table already there is resumed")
     study.add_argument("--only", action="append", metavar="BEGINNING", help="run variants whose names begin so; may be given several times")
     study.add_argument("--quick", action="store_true", help="the small form of the notebook (default folder results-quick)")

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -306,8 +307,9 @@ def _record(study: Study, seeds: list[int], quick: bool, seconds: float) -> dict
         except PackageNotFoundError:
             versions[package] = None
     sets = {source.name: {"version": source.version, "license": source.license, "page": source.page} for source in _sources(study).values() if not isinstance(source, str)}
-    command = f"hkust-demos study {study.method} --seeds {len(seeds)}" + (" --quick" if quick else "")
-    command += "".join(f" --only {beginning}" for beginning in study.chosen)
+    which = len(seeds) if seeds == list(range(len(seeds))) else f"{seeds[0]}-{seeds[-1]}"
+    command = f"hkust-demos study {study.method} --seeds {which}" + (" --quick" if quick else "")
+    command += "".join(f" --only {shlex.quote(beginning)}" for beginning in study.chosen)
     return {"command": command, "seeds": seeds, "quick": quick, "seconds_of_last_call": round(seconds),
             "date": datetime.now(timezone.utc).date().isoformat(), "python": platform.python_version(),
             "machine": platform.machine(), "cpus": os.cpu_count(), "versions": versions,

@@ -116,6 +116,9 @@ def test_study_writes_table_and_record(tmp_path, monkeypatch, capsys):
     assert cli.main(["study", "eora", "--seeds", "2", "--only", "a", "--out", str(tmp_path / "part")]) == 0
     assert json.loads((tmp_path / "part" / "eora.json").read_text())["command"] == (
         "hkust-demos study eora --seeds 2 --only b && hkust-demos study eora --seeds 2 --only a")
+    assert cli.main(["study", "eora", "--seeds", "1-2", "--out", str(tmp_path / "which")]) == 0
+    assert (tmp_path / "which" / "eora.csv").read_text().count("\na,") == 2 and json.loads((tmp_path / "which" / "eora.json").read_text())["seeds"] == [1, 2]
+    assert json.loads((tmp_path / "which" / "eora.json").read_text())["command"] == "hkust-demos study eora --seeds 1-2"
     assert cli.main(["study", "eora", "--only", "zebra", "--out", str(tmp_path / "none")]) == 2
 
 

@@ -1,6 +1,7 @@
 "A study's real rows: run where the set is, skipped with a sentence where not, never two versions of a set in one table."
 import importlib
 import json
+import shlex
 
 import pandas as pd
 import pytest
@@ -103,8 +104,8 @@ def test_the_stored_commands_give_the_stored_rows(root, name):
     "A table that commands cannot make again says more than it may."
     asked, stored = {}, pd.read_csv(root / f"results/{name}.csv").groupby("variant").seed.apply(set)
     for command in json.loads((root / f"results/{name}.json").read_text())["command"].split(" && "):
-        chosen = build_parser().parse_args(command.split()[1:])
+        chosen = build_parser().parse_args(shlex.split(command)[1:])
         for variant in importlib.import_module(get_method(name).study).build_study().only(chosen.only).variants:
             assert variant not in asked, f"{variant} is asked for twice"
-            asked[variant] = set(range(chosen.seeds))
+            asked[variant] = set(range(chosen.seeds) if isinstance(chosen.seeds, int) else chosen.seeds)
     assert {variant: asked.get(variant) for variant in stored.index} == stored.to_dict()
