@@ -92,7 +92,7 @@ _add("odir5k", "ODIR-5K, fundus pictures of both eyes", "https://odir2019.grand-
      folders="odir5k; ODIR-5K; odir-5k", marks="full_df.csv",
      layout="full_df.csv; pictures in images/, preprocessed_images/ or ODIR-5K/ODIR-5K/Training Images/, named ID_left.jpg or ID_right.jpg "
             "(anything may follow the side)",
-     holds="6,392 pictures of 3,358 patients with table, 8 labels", group="patient", methods="fedmlp", reader="picture_sets:read_odir5k")
+     holds="6,392 pictures of 3,358 patients with table, 8 labels", group="patient", methods="fedmlp d2ue", reader="picture_sets:read_odir5k")
 _add("head-ct", "Head CT hemorrhage (Kaggle)", "https://www.kaggle.com/datasets/felipekitamura/head-ct-hemorrhage", "not stated by the publisher",
      "Kitamura. Head CT - hemorrhage. Kaggle (2018).", folders="head_ct; head-ct; head-ct-hemorrhage", marks="labels.csv",
      layout="labels.csv with id and hemorrhage, head_ct/NNN.png (also head_ct/head_ct/NNN.png)",
