@@ -91,7 +91,7 @@ def test_pages_open_with_colors_before_any_kernel_is_asked_for(page):
     page.locator(".jp-Dialog input").press("Enter")
     page.get_by_role("tab", name=PAGE.rpartition("/")[2]).wait_for(timeout=60_000)
     words = page.locator(f"{SHOWN} .jp-CodeCell .cm-content span[class*='ͼ']")
-    words.first.wait_for(timeout=60_000, state="attached")
+    words.nth(30).wait_for(timeout=60_000, state="attached")  # cells come one after the other
     shades = words.evaluate_all("words => [...new Set(words.slice(0, 30).map(word => getComputedStyle(word).color))]")
     assert len(shades) >= 3, shades
     kernel_is_ready(page)
