@@ -186,6 +186,14 @@ def evidence(
     return "\n\n".join(parts)
 
 # %% ../../nbs/vision/41_gpfm_study.ipynb #15ce6686
+def _longer(table: pd.DataFrame, best: pd.Series) -> str:
+    "A sentence on the longer training, or nothing."
+    longer = 100 * table[table.variant == "gpfm, 3x steps"].set_index("seed")["mean"]
+    if longer.empty:
+        return ""
+    return f" Three times as long, it stands {mean_and_spread((longer - best).dropna())} points over that expert."
+
+
 def verdict(
     table: pd.DataFrame,
 ) -> tuple[str, str]:
@@ -196,7 +204,7 @@ def verdict(
     order = ("first", "second", "third", "fourth", "fifth", "sixth", "last")[int(ranks.rank(method="min")["gpfm"]) - 1]
     gains = {name: means["gpfm"] - means[name] for name in ("self only", "expert only", "concat", "handcrafted")}
     measured = (f"Painted tiles, {seeds} seeds, mean of 13 tasks: GPFM {means['gpfm'].mean():.0f} %, best single expert {means[best].mean():.0f} %, "
-                f"self-distillation alone {means['self only'].mean():.0f} %, experts alone {means['expert only'].mean():.0f} %; average rank {ranks['gpfm']:.1f}, {order} of seven.")
+                f"self-distillation alone {means['self only'].mean():.0f} %, experts alone {means['expert only'].mean():.0f} %; average rank {ranks['gpfm']:.1f}, {order} of seven.{_longer(table, means[best])}")
     limits = (f"The experts side by side reach {means['concat'].mean():.0f} %, handcrafted numbers {means['handcrafted'].mean():.0f} %. "
               f"Over experts alone GPFM gains {mean_and_spread(gains['expert only'].dropna())} points. A short training of a small student.")
     return measured, limits
