@@ -136,6 +136,8 @@ def test_a_person_slides_runs_and_asks_by_keyboard(hub, watched):
     page.get_by_role("button", name="Run", exact=True).press("Enter")
     page.get_by_text(re.compile(r"After \d+ of 30 rounds")).first.wait_for(timeout=120_000)
     page.get_by_role("button", name="Stop", exact=True).press("Enter")
+    page.wait_for_timeout(4000)  # rounds that the page has not drawn yet may write over the sentence
+    page.get_by_role("button", name="Stop", exact=True).press("Enter")
     page.get_by_text("Stopped. After").wait_for(timeout=60_000)
     page.get_by_role("tab", name="Ask").press("Enter")
     assert empty_boxes(page) == 0
